@@ -1,0 +1,5 @@
+"""`python -m autocompress`."""
+
+from autocompress.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Files that ship: how a compressed model is written and read back."""

@@ -1,0 +1,196 @@
+"""Which bytes a packed file holds, by arithmetic: entries, codings, header. `docs/format.md` describes the file.
+
+Knows nothing about tensors, so the exact length of a file follows from a graph and a policy before any is built.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+from autocompress.errors import ArtifactError
+from autocompress.graph import Graph, Shape
+from autocompress.policy import LayerChoice, Policy
+
+MAGIC = b"ACZ1"
+PREFIX = struct.Struct("<4sIQIQd")  # magic, CRC-32 of all that follows it, file length, header length, flags, quality
+MAX_HEADER = 64 * 2**20
+MAX_DIMENSIONS = 8
+
+Kind = Literal["quantised", "half", "full", "raw"]
+Coding = Literal["dense", "bitmask"]
+_RAW_BYTES = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor in the file. `count` is the number of values that are written: all, or those a bitmask marks."""
+
+    name: str
+    kind: Kind
+    shape: Shape
+    bits: int
+    coding: Coding = "dense"
+    count: int = 0
+    symmetric: bool = True
+    dtype: str = "float32"
+
+    @property
+    def nbytes(self) -> int:
+        """Length of this tensor's section of the payload."""
+        values = -(-self.count * self.bits // 8)
+        mask = -(-prod(self.shape) // 8) if self.coding == "bitmask" else 0
+        if self.kind == "quantised":
+            rows = self.shape[0]
+            return 2 + 2 * rows + (0 if self.symmetric else rows) + mask + values
+        return (2 if self.kind == "half" else 0) + mask + values
+
+    def to_json(self) -> list[Any]:
+        """As short as it can be and still be plain."""
+        row: list[Any] = [self.name, self.kind[0], list(self.shape)]
+        if self.kind == "raw":
+            return [*row, self.dtype]
+        if self.kind == "quantised":
+            row += [self.bits, int(self.symmetric)]
+        return [*row, self.count] if self.coding == "bitmask" else row
+
+    @classmethod
+    def from_json(cls, row: Any) -> Entry:
+        """The entry that `to_json` wrote; every number is checked before anything is allocated."""
+        name, letter, shape, *rest = _list(row, 3, 6)
+        if not isinstance(name, str) or letter not in ("q", "h", "f", "r"):
+            raise ArtifactError(f"the header describes a tensor as {row!r}")
+        shape = tuple(_count(size) for size in _list(shape, 0, MAX_DIMENSIONS))
+        numel = prod(shape)
+        if letter == "r":
+            (dtype,) = _list(rest, 1, 1)
+            if dtype not in _RAW_BYTES:
+                raise ArtifactError(f"tensor {name!r} has unknown type {dtype!r}")
+            return cls(name, "raw", shape, 8 * _RAW_BYTES[dtype], count=numel, dtype=dtype)
+        if letter == "q":
+            bits, symmetric, *rest = _list(rest, 2, 3)
+            if bits not in range(1, 9) or symmetric not in (0, 1) or not shape:
+                raise ArtifactError(f"tensor {name!r} has an impossible grid")
+            kind: Kind = "quantised"
+        else:
+            kind, bits, symmetric = ("half", 16, 1) if letter == "h" else ("full", 32, 1)
+        coding: Coding = "bitmask" if rest else "dense"
+        count = _count(*_list(rest, 1, 1)) if rest else numel
+        if count > numel:
+            raise ArtifactError(f"tensor {name!r} marks {count} of {numel} values")
+        return cls(name, kind, shape, int(bits), coding, count, bool(symmetric))
+
+
+def _list(value: Any, low: int, high: int) -> list[Any]:
+    if not isinstance(value, list) or not low <= len(value) <= high:
+        raise ArtifactError(f"the header holds {str(value)[:80]!r} where a list of {low} to {high} items belongs")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**40:
+        raise ArtifactError(f"the header holds {str(value)[:80]!r} where a size belongs")
+    return value
+
+
+def weight_entry(name: str, shape: Shape, choice: LayerChoice, kept: int) -> Entry:
+    """How a weight with `kept` unpruned values is written: dense, or as a bitmask if that is shorter."""
+    kinds: dict[int, Kind] = {16: "half", 32: "full"}
+    kind = kinds.get(choice.bits, "quantised")
+    symmetric = choice.scheme == "symmetric" or kind != "quantised"
+    options = [Entry(name, kind, shape, choice.bits, "dense", prod(shape), symmetric)]
+    if kept < prod(shape):
+        options.append(Entry(name, kind, shape, choice.bits, "bitmask", kept, symmetric))
+    return min(options, key=lambda entry: entry.nbytes)
+
+
+def rest_entry(name: str, shape: Shape, dtype: str) -> Entry:
+    """How anything but a compressible weight is written: floats at 16 bits, integers as they are."""
+    if dtype in _RAW_BYTES:
+        return Entry(name, "raw", shape, 8 * _RAW_BYTES[dtype], count=prod(shape), dtype=dtype)
+    return Entry(name, "half", shape, 16, count=prod(shape))
+
+
+def plan(graph: Graph, policy: Policy) -> tuple[Entry, ...]:
+    """Every entry of the file that `policy` leads to."""
+    choices = {layer.weight: choice for layer, choice in graph.choices(policy)}
+    entries = []
+    for name, shape in graph.contents(policy).items():
+        if name in choices:
+            kept = prod(shape) - choices[name].zeros(prod(shape))
+            entries.append(weight_entry(name, shape, choices[name], kept))
+        else:
+            entries.append(rest_entry(name, shape, graph.tensors.get(name, (shape, "float32"))[1]))
+    return tuple(entries)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the file says of itself, beside the measured quality, which stands in the prefix."""
+
+    task: str
+    metric: str
+    graph: str
+    policy: Policy
+    folded: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """Compact JSON, deflated."""
+        data = {
+            "task": self.task,
+            "metric": self.metric,
+            "graph": self.graph,
+            "policy": self.policy.to_json(),
+            "folded": list(self.folded),
+            "tensors": [entry.to_json() for entry in self.entries],
+            "versions": dict(self.versions),
+        }
+        return zlib.compress(json.dumps(data, separators=(",", ":"), sort_keys=True).encode(), 9)
+
+    @classmethod
+    def decode(cls, content: bytes) -> Header:
+        """The header that `encode` wrote. Raises `ArtifactError` (`PolicyError` for its policy)."""
+        try:
+            inflate = zlib.decompressobj()
+            text = inflate.decompress(content, MAX_HEADER)
+            if not inflate.eof or inflate.unused_data:
+                raise ArtifactError("the artifact's header is cut short or larger than it may be")
+            data = json.loads(text)
+        except (zlib.error, ValueError, RecursionError) as error:
+            raise ArtifactError(f"the artifact's header cannot be read: {error}") from None
+        wanted = {"task", "metric", "graph", "policy", "folded", "tensors", "versions"}
+        if not isinstance(data, dict) or set(data) != wanted:
+            raise ArtifactError("the artifact's header lacks a member or has one too many")
+        texts = [data["task"], data["metric"], data["graph"], *_list(data["folded"], 0, 10**6)]
+        versions = data["versions"]
+        if not isinstance(versions, dict):
+            raise ArtifactError("the artifact's header does not name library versions")
+        if not all(isinstance(text, str) for text in (*texts, *versions.values())):
+            raise ArtifactError("the artifact's header holds something else where a name belongs")
+        entries = tuple(Entry.from_json(row) for row in _list(data["tensors"], 0, 10**6))
+        if len({entry.name for entry in entries}) != len(entries):
+            raise ArtifactError("the artifact's header names a tensor twice")
+        policy = Policy.from_json(data["policy"])
+        return cls(data["task"], data["metric"], data["graph"], policy, tuple(data["folded"]), entries, versions)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of the sections after the header."""
+        return sum(entry.nbytes for entry in self.entries)
+
+
+def header_for(graph: Graph, policy: Policy, task: str, metric: str, versions: Mapping[str, str]) -> Header:
+    """The header of the file that `policy` leads to."""
+    return Header(task, metric, graph.fingerprint, policy, tuple(graph.folded(policy)), plan(graph, policy), versions)
+
+
+def file_bytes(header: Header) -> int:
+    """Exact length of the file with this header."""
+    return PREFIX.size + len(header.encode()) + header.payload_bytes

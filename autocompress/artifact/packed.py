@@ -1,0 +1,281 @@
+"""The packed `.acz` file: writes what the engine stored, bit for bit, and reads it back without trusting it.
+
+`docs/format.md` describes the bytes. Decides nothing: codings come from `layout`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autocompress.artifact.layout import MAGIC, PREFIX, Entry, Header
+from autocompress.errors import ArtifactError
+from autocompress.stored import Full, Half, Quantised, Raw, Stored, StoredModel, from_half, to_half
+from autocompress.surgery import install, without
+from autocompress.task import Task
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("bool", "uint8", "int8", "int16", "int32", "int64")
+}
+
+
+# --- sections -------------------------------------------------------------------------------------------
+
+
+def pack_bits(values: Bytes, bits: int) -> bytes:
+    """Each value's lowest `bits` bits, most significant first, values one after another, zero-padded to a byte."""
+    planes = np.unpackbits(values[:, None], axis=1)[:, 8 - bits :]
+    return np.packbits(planes).tobytes()
+
+
+def unpack_bits(content: Bytes, bits: int, count: int) -> Bytes:
+    """The `count` values that `pack_bits` packed."""
+    planes = np.unpackbits(content, count=count * bits).reshape(count, bits)
+    padded = np.zeros((count, 8), dtype=np.uint8)
+    padded[:, 8 - bits :] = planes
+    return np.packbits(padded, axis=1).reshape(count)
+
+
+def _halves(values: Tensor) -> tuple[bytes, bytes]:
+    """The exponent as int16 and the halves, all little-endian."""
+    halves, exponent = to_half(values)
+    return struct.pack("<h", exponent), halves.numpy().astype("<f2").tobytes()
+
+
+def write_section(entry: Entry, stored: Stored) -> bytes:
+    """The bytes of one tensor: exponent and scales, zero points, mask, values, as far as it has them."""
+    mask = getattr(stored, "mask", None)
+    marked = mask if entry.coding == "bitmask" else None
+    head = np.packbits(marked.flatten().numpy()).tobytes() if marked is not None else b""
+    if isinstance(stored, Quantised):
+        exponent, scale = _halves(stored.scale)
+        zero = b"" if stored.symmetric else stored.zero.numpy().tobytes()
+        codes = (stored.codes if marked is None else stored.codes[marked]).flatten().numpy()
+        return exponent + scale + zero + head + pack_bits(codes, entry.bits)
+    values = stored.dense() if marked is None else stored.dense()[marked]
+    if isinstance(stored, Half):
+        exponent, halves = _halves(values.flatten())
+        return exponent + head + halves
+    if isinstance(stored, Full):
+        return head + values.flatten().numpy().astype("<f4").tobytes()
+    return values.contiguous().flatten().view(torch.uint8).numpy().tobytes() if values.numel() else b""
+
+
+class _Reader:
+    """Takes consecutive pieces of a section whose total length was checked."""
+
+    def __init__(self, content: memoryview) -> None:
+        self._content, self._at = content, 0
+
+    def take(self, count: int) -> Bytes:
+        piece = np.frombuffer(self._content[self._at : self._at + count], dtype=np.uint8)
+        self._at += count
+        return piece
+
+    def halves(self, exponent: int, count: int) -> Tensor:
+        values = torch.from_numpy(self.take(2 * count).view("<f2").astype(np.float32))
+        if not bool(torch.isfinite(values).all()):
+            raise ArtifactError("the artifact holds a value that is not finite")
+        return from_half(values, exponent)
+
+    def exponent(self) -> int:
+        value = int(self.take(2).view("<i2")[0])
+        if not -100 <= value <= 100:
+            raise ArtifactError(f"the artifact holds an impossible exponent, {value}")
+        return value
+
+
+def read_section(entry: Entry, content: memoryview) -> Stored:
+    """The tensor that `write_section` wrote. `content` is exactly `entry.nbytes` long."""
+    reader, shape, numel = _Reader(content), entry.shape, math.prod(entry.shape)
+    if entry.kind == "raw":
+        values = torch.from_numpy(reader.take(entry.nbytes).copy())
+        if entry.dtype == "bool" and numel and int(values.max()) > 1:
+            raise ArtifactError(f"tensor {entry.name!r} is not boolean")
+        return Raw(values.view(_DTYPES[entry.dtype]).reshape(shape))
+    exponent = reader.exponent() if entry.kind != "full" else 0
+    if entry.kind == "quantised":
+        scale = reader.halves(exponent, shape[0])
+        half = 2 ** (entry.bits - 1)
+        zero = (
+            torch.full((shape[0],), half, dtype=torch.uint8)
+            if entry.symmetric
+            else torch.from_numpy(reader.take(shape[0]).copy())
+        )
+    mask = None
+    if entry.coding == "bitmask":
+        mask = torch.from_numpy(np.unpackbits(reader.take(-(-numel // 8)), count=numel).astype(bool)).reshape(shape)
+        if int(mask.sum()) != entry.count:
+            raise ArtifactError(f"tensor {entry.name!r} announces {entry.count} values and marks {int(mask.sum())}")
+    if entry.kind == "quantised":
+        packed = unpack_bits(reader.take(-(-entry.count * entry.bits // 8)), entry.bits, entry.count)
+        rows = zero.reshape(-1, *[1] * (len(shape) - 1))
+        codes = _place(torch.from_numpy(packed), shape, mask, rows.expand(shape))
+        return Quantised(codes, scale, zero, entry.bits, entry.symmetric, mask)
+    if entry.kind == "half":
+        return Half(_place(reader.halves(exponent, entry.count), shape, mask, torch.zeros(shape)), mask)
+    floats = torch.from_numpy(reader.take(4 * entry.count).view("<f4").astype(np.float32))
+    if not bool(torch.isfinite(floats).all()):
+        raise ArtifactError(f"tensor {entry.name!r} holds a value that is not finite")
+    return Full(_place(floats, shape, mask, torch.zeros(shape)), mask)
+
+
+def _place(values: Tensor, shape: tuple[int, ...], mask: Tensor | None, background: Tensor) -> Tensor:
+    if mask is None:
+        return values.reshape(shape)
+    filled = background.to(values.dtype).clone()
+    filled[mask] = values
+    return filled
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A file that was read: its header, its tensors, the quality on `val` it claims (NaN if none), its length."""
+
+    header: Header
+    tensors: StoredModel
+    quality: float
+    bytes: int
+
+
+def pack(header: Header, tensors: StoredModel, quality: float) -> bytes:
+    """The whole file. `quality` is what `val` gave for exactly these tensors."""
+    described = header.encode()
+    sections = [write_section(entry, tensors[entry.name]) for entry in header.entries]
+    total = PREFIX.size + len(described) + sum(map(len, sections))
+    rest = PREFIX.pack(MAGIC, 0, total, len(described), 0, quality)[8:] + described + b"".join(sections)
+    return MAGIC + struct.pack("<I", zlib.crc32(rest)) + rest
+
+
+def unpack(content: bytes, name: str = "the artifact") -> Artifact:
+    """Read a whole file. Raises `ArtifactError` unless every byte is accounted for; allocates nothing before."""
+    if len(content) < PREFIX.size or content[:4] != MAGIC:
+        raise ArtifactError(f"{name} is not an autocompress artifact (it does not start with {MAGIC.decode()})")
+    _, checksum, total, header_length, flags, quality = PREFIX.unpack_from(content)
+    if total != len(content):
+        what = "cut short" if total > len(content) else "longer than it was written"
+        raise ArtifactError(f"{name} is {what}: it announces {total:,} bytes and has {len(content):,}; export it again")
+    if zlib.crc32(memoryview(content)[8:]) != checksum:
+        raise ArtifactError(f"{name} is damaged: its checksum does not match; export it again")
+    if flags or header_length > total - PREFIX.size:
+        raise ArtifactError(f"{name} was written by another version of the format")
+    at = PREFIX.size + header_length
+    header = Header.decode(content[PREFIX.size : at])
+    if header.payload_bytes != total - at:
+        raise ArtifactError(f"{name} describes {header.payload_bytes:,} bytes of tensors and holds {total - at:,}")
+    tensors: dict[str, Stored] = {}
+    view = memoryview(content)
+    for entry in header.entries:
+        tensors[entry.name] = read_section(entry, view[at : at + entry.nbytes])
+        at += entry.nbytes
+    return Artifact(header, tensors, quality, total)
+
+
+def write(path: Path, content: bytes) -> int:
+    """Write atomically and durably; the length of the file. A reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    return path.stat().st_size
+
+
+def read(path: Path) -> Artifact:
+    """The artifact in a file. Raises `ArtifactError`."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
+    return unpack(content, str(path))
+
+
+def build(artifact: Artifact, architecture: nn.Module) -> nn.Module:
+    """`architecture` (the task's model, any weights) made into the compressed model, in evaluation mode.
+
+    Raises `ArtifactError` if the file does not belong to this architecture.
+    """
+    state = architecture.state_dict()
+    folded = set(artifact.header.folded)
+    modules = dict(architecture.named_modules())
+    expected = {name for name, value in state.items() if isinstance(value, Tensor)}
+    biases = {f"{name}.bias" for name, module in modules.items() if "bias" in module._parameters}
+    unknown = (set(artifact.tensors) - expected - biases) | (folded - set(modules))
+    if unknown:
+        raise ArtifactError(
+            f"the artifact holds {min(unknown)!r}, which the task's model does not have: "
+            f"it was made for task {artifact.header.task!r}"
+        )
+    for name, stored in artifact.tensors.items():
+        present, found = state.get(name), stored.dense()
+        if present is not None and (
+            present.ndim != found.ndim or any(f > p for f, p in zip(found.shape, present.shape, strict=True))
+        ):
+            raise ArtifactError(
+                f"tensor {name!r} has shape {tuple(found.shape)} in the artifact and "
+                f"{tuple(present.shape)} in the task's model: they do not belong together"
+            )
+    missing = _missing(architecture, set(artifact.tensors), folded)
+    if missing:
+        raise ArtifactError(f"the artifact lacks {min(missing)!r}, which the task's model needs")
+    without(architecture, folded)
+    install(architecture, {name: stored.dense() for name, stored in artifact.tensors.items()})
+    return architecture.eval()
+
+
+def _missing(model: nn.Module, present: set[str], folded: set[str]) -> set[str]:
+    """State that neither the file nor a tensor shared with it fills."""
+    kept = model.state_dict(keep_vars=True)
+    filled = {id(value) for name, value in kept.items() if name in present}
+    return {
+        name
+        for name, value in kept.items()
+        if id(value) not in filled
+        and name.rpartition(".")[0] not in folded
+        and not name.endswith(".num_batches_tracked")
+    }
+
+
+def load(path: str | Path, task: Task | None = None) -> nn.Module:
+    """The compressed model in an `.acz` file, ready to run.
+
+    The architecture comes from `task`, or, for files of the built-in tasks, from the package. Nothing in the file
+    is executed. Raises `ArtifactError`.
+    """
+    artifact = read(Path(path))
+    return build(artifact, task.model() if task is not None else builtin_architecture(artifact.header.task))
+
+
+def builtin_architecture(name: str) -> nn.Module:
+    """The untrained network of a built-in task. Raises `ArtifactError` for any other name."""
+    if name == "digits":
+        from autocompress.tasks import digits
+
+        return digits.architecture()
+    depths: Mapping[str, int] = {f"cifar10-resnet{depth}": depth for depth in (20, 32, 56)}
+    if name in depths:
+        from autocompress.tasks import cifar10
+
+        return cifar10.architecture(depths[name])
+    raise ArtifactError(f"the artifact was made for task {name!r}: pass that task, so that its model can be rebuilt")

@@ -1,0 +1,623 @@
+"""The command line: verbs, progress and `--json`. Behaviour lives elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from enum import StrEnum
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from autocompress.errors import AutocompressError, BudgetError, RunError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
+    from autocompress.front import Trial, Wish
+    from autocompress.report.tables import Run
+    from autocompress.study import Progress, Settings, Study
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Search how to compress a PyTorch model under a size or latency budget, and take the smaller model away.",
+    epilog="Exit codes: 0 found, 1 a check failed, 2 wrong input, 3 nothing fits. `--debug` anywhere shows tracebacks.",
+)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="End with one line that is a JSON object.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, finished or not.", metavar="RUN")]
+TaskSpec = Annotated[
+    str, typer.Argument(help="digits, cifar10, my_task.py:NAME or package.module:NAME.", metavar="TASK")
+]
+DataDir = Annotated[Path | None, typer.Option("--data", help="cifar10 only: folder with cifar-10-batches-py/.")]
+Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", help="cifar10 only: state dict of a CIFAR ResNet.")]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget", help="Hard limit: 4MB, 900KiB, 5ms, 800us, size=25%, latency=40%. May be given more than once."
+    ),
+]
+
+
+def _examples(*lines: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"`{line}`" for line in lines)
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+# --- search ---------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog=_examples(
+        "autocompress search --budget 4MB",
+        "autocompress search my_task.py:task --budget size=10% --space tiny --epochs 3",
+        "autocompress search cifar10 --data DIR --checkpoint resnet20.pt --budget size=8% --trials 40",
+        "autocompress search --resume runs/digits-20260101-120000 --trials 200",
+    )
+)
+def search(
+    task: Annotated[
+        str | None,
+        typer.Argument(help="digits (the default), cifar10, my_task.py:NAME or package.module:NAME.", metavar="[TASK]"),
+    ] = None,
+    budget: Budgets = None,
+    space: Annotated[
+        str | None, typer.Option(help="A shipped search space or a .toml file.  [default: default]")
+    ] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Run folder.  [default: runs/TASK-DATE]")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.", metavar="DIR")] = None,
+    trials: Annotated[int | None, typer.Option(help="One-shot evaluations.  [default: 60]")] = None,
+    timeout: Annotated[str | None, typer.Option(help="Stop after this time: 90s, 30m, 2h.")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Epochs of recovery training for members of the front; 0 is one-shot only.  [default: 1]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal searches.  [default: 0]")] = None,
+    controller: Annotated[str | None, typer.Option(help="Who proposes: tpe, nsga2 or random.  [default: tpe]")] = None,
+    data: DataDir = None,
+    checkpoint: Checkpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Search compression policies and write the front, a report and the artifacts.
+
+    Every feasible member of the front is a file that was written, read back and scored. A killed search continues
+    with --resume; Ctrl-C ends it after the trial in flight, twice at once.
+    """
+    from autocompress.report.write import write_report
+    from autocompress.study import Settings, read_config
+    from autocompress.study import search as run_search
+
+    given: dict[str, Any] = {
+        "task": task,
+        "budgets": tuple(budget) if budget else None,
+        "space": space,
+        "controller": controller,
+        "trials": trials,
+        "epochs": epochs,
+        "seed": seed,
+        "data": str(data.resolve()) if data else None,
+        "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if resume is not None and out_dir is not None and out_dir != resume:
+        raise RunError("give either --resume or --out: a resumed run stays in its folder")
+    settings = replace(read_config(resume)[0], **chosen) if resume else Settings(**({"task": "digits"} | chosen))
+    folder = resume or out_dir or _default_folder(settings)
+    seconds = math.inf if timeout is None else parse_time(timeout)
+    command = shlex.join(["autocompress", *sys.argv[1:]])
+    with _progress() as watch, _graceful() as started:
+        run_search(
+            settings, folder, resume=resume is not None, timeout=seconds, command=command, watch=watch, started=started
+        )
+    run = write_report(folder)
+    _conclude(run, as_json=as_json)
+
+
+def _default_folder(settings: Settings) -> Path:
+    name = Path(settings.task.rpartition(":")[0]).stem if ":" in settings.task else settings.task
+    return Path("runs") / f"{name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+
+
+def parse_time(text: str) -> float:
+    """Seconds of `90s`, `30m`, `2h` or plain seconds."""
+    scale = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    try:
+        seconds = float(text if scale is None else text[:-1]) * (scale or 1)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise BudgetError(f"cannot read the time {text!r}: use 90s, 30m or 2h")
+    return seconds
+
+
+def _conclude(run: Run, *, as_json: bool) -> None:
+    from autocompress.report.tables import size_text, summary
+
+    out.print(_front_table(run))
+    picked, nearest = run.picked, run.nearest
+    if picked is not None:
+        m = picked.measured
+        out.print(
+            f"[bold]Picked trial {picked.number}[/]: {m.bytes:,} bytes ({m.bytes / run.dense.bytes:.1%} of the "
+            f"original's {size_text(run.dense.bytes)}), {escape(run.metric)} {m.quality:.4f} on val and "
+            f"{picked.quality_test:.4f} on test (original {run.dense.quality:.4f} on val), {m.latency_ms:.3g} ms."
+        )
+        out.print(
+            f"{run.evaluations} evaluations in {run.seconds:.0f} s. Report: {run.folder / 'report.html'}",
+            soft_wrap=True,
+        )
+        out.print(
+            f"Take it away: autocompress export {run.folder} --trial {picked.number} --format packed", soft_wrap=True
+        )
+    for warning in run.warnings:
+        err.print(f"[yellow]warning:[/] {escape(warning)}")
+    if picked is None:
+        what = (
+            f"the nearest of {run.evaluations} evaluations is trial {nearest.number} with "
+            f"{nearest.measured.bytes:,} bytes and {nearest.measured.latency_ms:.3g} ms"
+            if nearest
+            else f"none of {run.evaluations} evaluations succeeded; see {run.folder / 'report.html'}"
+        )
+        err.print(f"[red]nothing fits[/] {run.budget}: {what}", soft_wrap=True)
+    if as_json:
+        _print_json(summary(run))
+    if picked is None:
+        raise typer.Exit(3)
+
+
+def _front_table(run: Run) -> Table:
+    title = f"Front of {run.settings.task} under {run.budget}" if run.picked else f"Nothing fits {run.budget}"
+    shown = Table(title=escape(title), title_justify="left")
+    for name in ("trial", f"{escape(run.metric)} val", "test", "bytes", "of original", "ms", "recovered"):
+        shown.add_column(name, justify="right")
+    for t in run.front:
+        m = t.measured
+        shown.add_row(
+            str(t.number),
+            f"{m.quality:.4f}",
+            "–" if math.isnan(t.quality_test) else f"{t.quality_test:.4f}",
+            f"{m.bytes:,}",
+            f"{m.bytes / run.dense.bytes:.1%}",
+            f"{m.latency_ms:.3g}",
+            "yes" if t.evaluation.rung else "",
+        )
+    return shown
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    """A live line on a terminal; otherwise a plain line at most every ten seconds and at each change of stage."""
+    if err.is_terminal:
+        with err.status("loading the task", spinner="dots") as status:
+            yield lambda p: status.update(_glance(p))
+        return
+    last: tuple[str, float] = ("", -math.inf)
+
+    def log(progress: Progress) -> None:
+        nonlocal last
+        if progress.stage != last[0] or time.monotonic() - last[1] >= 10:
+            last = progress.stage, time.monotonic()
+            err.print(_glance(progress), soft_wrap=True, markup=True)
+
+    yield log
+
+
+def _glance(p: Progress) -> str:
+    best = "none yet"
+    if p.best is not None:
+        best = f"{p.best.measured.quality:.4f} at {p.best.measured.bytes:,} bytes"
+    left = "" if p.left is None else f" | about {p.left:.0f} s left"
+    return (
+        f"{p.stage} {p.done}/{p.total} | {p.evaluations} evaluations, {p.seconds:.0f} s | "
+        f"best in budget: {best} | front {p.front}{left}"
+    )
+
+
+@contextmanager
+def _graceful() -> Iterator[Callable[[Study], None]]:
+    """Ctrl-C once ends after the trial in flight, twice at once."""
+    previous = signal.getsignal(signal.SIGINT)
+
+    def arm(study: Study) -> None:
+        def first(number: int, frame: object) -> None:  # noqa: ARG001
+            err.print("\nending after the trial in flight; Ctrl-C again stops at once")
+            study.stop()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        signal.signal(signal.SIGINT, first)
+
+    try:
+        yield arm
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+# --- report, pick, export -------------------------------------------------------------------------------
+
+
+@app.command(epilog=_examples("autocompress report runs/NAME"))
+def report(run_folder: RunFolder, as_json: Json = False) -> None:
+    """Write report.html, front.png, front.csv and trials.csv from a run's journal, even while it runs."""
+    from autocompress.report.tables import summary
+    from autocompress.report.write import write_report
+
+    run = write_report(run_folder)
+    out.print(_front_table(run))
+    out.print(f"Report: {run_folder / 'report.html'}", soft_wrap=True)
+    if as_json:
+        _print_json(summary(run))
+
+
+MaxSize = Annotated[str | None, typer.Option(help="At most this size: 1MB, 900KiB, size=10%.")]
+MaxLatency = Annotated[str | None, typer.Option(help="At most this latency: 2ms, latency=50%.")]
+MinQuality = Annotated[float | None, typer.Option(help="At least this quality on val; alone, the smallest such file.")]
+Knee = Annotated[bool, typer.Option("--knee", help="Where the front bends: past it, bytes cost more quality.")]
+Best = Annotated[bool, typer.Option("--best", help="The best quality within all limits (the default).")]
+TrialNumber = Annotated[int | None, typer.Option("--trial", help="This trial.", metavar="N")]
+
+
+def _wish(
+    run: Run,
+    max_size: str | None,
+    max_latency: str | None,
+    min_quality: float | None,
+    knee: bool,
+    best: bool,
+    trial: int | None,
+) -> Wish:
+    from autocompress.front import Wish
+    from autocompress.trial import Budget, Limit
+
+    if sum((knee, best, trial is not None)) > 1:
+        raise AutocompressError("give only one of --knee, --best and --trial")
+    limits = [Limit.parse(text) for text in (max_size, max_latency) if text is not None]
+    budget = Budget.resolve(limits, run.dense)
+    if (max_size is not None) != (budget.bytes is not None) or (max_latency is not None) != (budget.ms is not None):
+        raise BudgetError("--max-size takes bytes and --max-latency takes time")
+    return Wish(budget.bytes, budget.ms, min_quality, knee, trial)
+
+
+@app.command(
+    name="pick",
+    epilog=_examples(
+        "autocompress pick runs/NAME --max-size 1MB --min-quality 0.90", "autocompress pick runs/NAME --knee"
+    ),
+)
+def pick_(
+    run_folder: RunFolder,
+    max_size: MaxSize = None,
+    max_latency: MaxLatency = None,
+    min_quality: MinQuality = None,
+    knee: Knee = False,
+    best: Best = False,
+    trial: TrialNumber = None,
+    as_json: Json = False,
+) -> None:
+    """Choose one trial of a run by limits, and say how to export it."""
+    from autocompress.front import pick
+    from autocompress.report.tables import Run, plain, row
+
+    run = Run.read(run_folder)
+    wish = _wish(run, max_size, max_latency, min_quality, knee, best, trial)
+    chosen = pick(run.trials, run.direction, wish, run.budget)
+    m = chosen.measured
+    out.print(
+        f"[bold]Trial {chosen.number}[/]: {m.bytes:,} bytes ({m.bytes / run.dense.bytes:.1%} of the original), "
+        f"{escape(run.metric)} {m.quality:.4f} on val (original {run.dense.quality:.4f}), {m.latency_ms:.3g} ms "
+        f"(original {run.dense.latency_ms:.3g})."
+    )
+    out.print(_neighbours(run, chosen), soft_wrap=True)
+    out.print(f"autocompress export {run_folder} --trial {chosen.number} --format packed", soft_wrap=True)
+    if as_json:
+        _print_json(
+            plain(
+                {"run": str(run_folder), **row(chosen, run.budget), "policy_json": chosen.evaluation.policy.to_json()}
+            )
+        )
+
+
+def _neighbours(run: Run, chosen: Trial) -> str:
+    """What the next smaller and next larger members of the front would give instead."""
+    smaller = [t for t in run.front if t.measured.bytes < chosen.measured.bytes][-1:]
+    larger = [t for t in run.front if t.measured.bytes > chosen.measured.bytes][:1]
+    said = [
+        f"the next {word} on the front, trial {t.number}, has {t.measured.bytes:,} bytes and {t.measured.quality:.4f}"
+        for word, found in (("smaller", smaller), ("larger", larger))
+        for t in found
+    ]
+    return ("; ".join(said) or "it is the only member of the front").capitalize() + "."
+
+
+class Format(StrEnum):
+    """Artifact formats of this version."""
+
+    packed = "packed"
+
+
+@app.command(
+    epilog=_examples(
+        "autocompress export runs/NAME --trial 12 --format packed --output model.acz",
+        "autocompress export runs/NAME --max-size 500kB",
+    )
+)
+def export(
+    run_folder: RunFolder,
+    max_size: MaxSize = None,
+    max_latency: MaxLatency = None,
+    min_quality: MinQuality = None,
+    knee: Knee = False,
+    best: Best = False,
+    trial: TrialNumber = None,
+    format_: Annotated[Format, typer.Option("--format", help="packed: the .acz file.")] = Format.packed,
+    output: Annotated[Path | None, typer.Option(help="Where to write.  [default: RUN-trial-N.acz here]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the artifact of one trial; without a choice, of the run's pick."""
+    from autocompress.artifact.packed import read, write
+    from autocompress.front import pick
+    from autocompress.report.tables import Run
+
+    run = Run.read(run_folder)
+    wish = _wish(run, max_size, max_latency, min_quality, knee, best, trial)
+    chosen = pick(run.trials, run.direction, wish, run.budget)
+    target = output or Path(f"{run_folder.resolve().name}-trial-{chosen.number}.acz")
+    if target.exists() and not force:
+        raise RunError(f"{target} already exists: use --force to overwrite it, or --output")
+    kept = run_folder / "artifacts" / Path(chosen.artifact).name
+    if chosen.artifact and kept.is_file():
+        read(kept)  # raises if it was damaged since it was written
+        size = write(target, kept.read_bytes())
+    else:
+        size = write(target, _rebuild(run, chosen))
+    out.print(f"{target}: {size:,} bytes ({format_.value})", soft_wrap=True)
+    if as_json:
+        _print_json({"file": str(target), "bytes": size, "trial": chosen.number, "format": format_.value})
+
+
+def _rebuild(run: Run, trial: Trial) -> bytes:
+    """The artifact of a trial whose file was not kept: the same policy and seed give the same file."""
+    from autocompress.evaluate import Evaluator
+
+    policy = trial.evaluation.policy
+    if policy.recovery.epochs:
+        err.print(f"trial {trial.number} left the front and its file was not kept: training it again")
+    evaluator = Evaluator(run.settings.load_task(), seed=run.settings.seed, dense_ms=run.dense.latency_ms)
+    compressed, _ = evaluator.build(policy)
+    return evaluator.pack(compressed, trial.measured.quality)
+
+
+# --- verify, profile, init ------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog=_examples(
+        "autocompress verify model.acz --task my_task.py:task --budget 4MB", "autocompress verify digits.acz"
+    )
+)
+def verify(
+    file: Annotated[Path, typer.Argument(help="An exported artifact.", metavar="FILE")],
+    task: Annotated[str | None, typer.Option(help="Task to score on.  [default: the built-in one it names]")] = None,
+    budget: Budgets = None,
+    tolerance: Annotated[float, typer.Option(help="Relative difference in quality that still counts as equal.")] = 1e-3,
+    data: DataDir = None,
+    checkpoint: Checkpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Reload an artifact in this fresh process; weigh, score and time it again. Exit code 1 if it does not hold."""
+    from autocompress.artifact.packed import build, read
+    from autocompress.measure.latency import LatencyMeter
+    from autocompress.measure.quality import QualityMeter
+    from autocompress.report.tables import plain
+    from autocompress.task import call, load_task, probe
+    from autocompress.trial import Budget, Limit, Measurement
+
+    artifact = read(file)
+    known = artifact.header.task
+    spec = task or ("cifar10" if known.startswith("cifar10-") else known)
+    loaded = load_task(spec, data=data, checkpoint=checkpoint)
+    dense, batch = probe(loaded)
+    model = build(artifact, loaded.model())
+    call(model, batch.inputs)
+    quality, latency = QualityMeter(loaded, dense), LatencyMeter(dense, batch.inputs)
+    found, timed = quality(model), latency(model)
+    from autocompress.trace import trace
+
+    graph = trace(dense, batch.inputs)
+    limits = Budget.resolve(
+        [Limit.parse(text) for text in budget or []],
+        Measurement(graph.dense_bytes, graph.dense_macs, latency_ms=latency.dense),
+    )
+    measured = Measurement(artifact.bytes, graph.macs(artifact.header.policy), found.score, found.loss, timed.ms)
+    same = math.isclose(found.score, artifact.quality, rel_tol=tolerance, abs_tol=1e-9)
+    fits = limits.excess(measured) <= 0
+    out.print(
+        f"{file}: {artifact.bytes:,} bytes, {escape(loaded.metric)} {found.score:.4f} on val "
+        f"({'as' if same else 'NOT as'} recorded, {artifact.quality:.4f}), {timed.ms:.3g} ms "
+        f"[{timed.low:.3g}, {timed.high:.3g}] (original {latency.dense:.3g} ms)",
+        soft_wrap=True,
+        markup=False,
+    )
+    if budget:
+        out.print(f"{'within' if fits else 'NOT within'} {limits}")
+    if as_json:
+        _print_json(
+            plain(
+                {
+                    "ok": same and fits,
+                    "bytes": artifact.bytes,
+                    "quality": found.score,
+                    "latency_ms": timed.ms,
+                    "recorded_quality": artifact.quality,
+                    "dense_quality": quality.dense,
+                    "dense_latency_ms": latency.dense,
+                    "within_budget": fits,
+                }
+            )
+        )
+    if not (same and fits):
+        raise typer.Exit(1)
+
+
+@app.command(epilog=_examples("autocompress profile my_task.py:task", "autocompress profile digits --bits 2"))
+def profile(
+    task: TaskSpec = "digits",
+    bits: Annotated[int, typer.Option(help="Sensitivity: the loss with one layer alone at this width.")] = 4,
+    sensitivity: Annotated[bool, typer.Option(help="Evaluate each layer alone (one pass over val per layer).")] = True,
+    data: DataDir = None,
+    checkpoint: Checkpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Show layers, channel groups, bytes, latency and how sensitive each layer is; what cannot be pruned, and why."""
+    from autocompress.evaluate import Evaluator
+    from autocompress.policy import LayerChoice, Policy, Recovery
+    from autocompress.report.tables import plain, size_text
+    from autocompress.task import load_task
+
+    LayerChoice(bits)  # a wrong width fails before the work
+    evaluator = Evaluator(load_task(task, data=data, checkpoint=checkpoint))
+    graph, dense = evaluator.graph, evaluator.dense
+    layers = []
+    for layer in graph.layers:
+        size = math.prod(layer.shape)
+        entry: dict[str, Any] = {
+            "name": layer.name,
+            "kind": layer.kind,
+            "shape": list(layer.shape),
+            "weights": size,
+            "bytes": 4 * size,
+            "macs": layer.positions * size,
+            "folds": layer.batch_norm,
+            "groups": [g.name for g in graph.groups if any(m.tensor == layer.weight for m in g.members)],
+        }
+        if sensitivity:
+            alone = Policy({layer.name: LayerChoice(bits)}, recovery=Recovery(reestimate_bn=False))
+            measured = evaluator(alone).measurement
+            entry |= {"loss": measured.loss if measured else None, "quality": measured.quality if measured else None}
+        layers.append(entry)
+    out.print(
+        f"{escape(evaluator.task.name)}: {size_text(dense.bytes)}, {dense.macs:,} MACs, "
+        f"{escape(evaluator.task.metric)} {dense.quality:.4f} on val, {dense.latency_ms:.3g} ms"
+    )
+    shown = Table(
+        "layer", "kind", "shape", "share", "MACs", "channel groups", f"loss at {bits} bits", title_justify="left"
+    )
+    for entry in layers:
+        loss = entry.get("loss")
+        shown.add_row(
+            escape(entry["name"]),
+            entry["kind"],
+            "x".join(map(str, entry["shape"])),
+            f"{entry['bytes'] / dense.bytes:.1%}",
+            f"{entry['macs']:,}",
+            escape(", ".join(entry["groups"])),
+            "" if loss is None else f"{loss:.2e}",
+        )
+    out.print(shown)
+    groups = Table("channel group", "channels", "can be pruned")
+    for group in graph.groups:
+        groups.add_row(
+            escape(group.name), str(group.channels), "yes" if not group.frozen else f"no: {escape(group.frozen)}"
+        )
+    out.print(groups)
+    for note in graph.notes:
+        out.print(escape(note))
+    if as_json:
+        _print_json(
+            plain(
+                {
+                    "task": evaluator.task.name,
+                    "bytes": dense.bytes,
+                    "macs": dense.macs,
+                    "quality": dense.quality,
+                    "latency_ms": dense.latency_ms,
+                    "layers": layers,
+                    "notes": list(graph.notes),
+                    "groups": [
+                        {"name": g.name, "channels": g.channels, "frozen": g.frozen or None} for g in graph.groups
+                    ],
+                }
+            )
+        )
+
+
+@app.command(epilog=_examples("autocompress init", "autocompress init detector.py"))
+def init(
+    file: Annotated[Path, typer.Argument(help="Task file to write.", metavar="[FILE]")] = Path("my_task.py"),
+) -> None:
+    """Write a commented task file to start from. It runs as it stands."""
+    if file.suffix != ".py":
+        raise RunError(f"{file} must end in .py")
+    template = (resources.files("autocompress") / "tasks" / "template.py.txt").read_text(encoding="utf-8")
+    try:
+        with file.open("x", encoding="utf-8") as handle:
+            handle.write(template.replace("{file}", file.name).replace("{name}", file.stem))
+    except FileExistsError:
+        raise RunError(f"{file} already exists; choose another name") from None
+    except OSError as error:
+        raise RunError(f"cannot write {file}: {error.strerror}") from None
+    out.print(f"Wrote {file}. Try it: autocompress search {file}:task --budget 100kB", soft_wrap=True)
+
+
+# --- the process ----------------------------------------------------------------------------------------
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(version("autocompress"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    del show
+
+
+def main() -> None:
+    """Entry point: one line for each expected error, a traceback only with --debug."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("interrupted; continue with --resume", 130)
+    except AutocompressError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error} (this is a bug; --debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    err.print(f"error: {line}", markup=False, soft_wrap=True)
+    if "--json" in sys.argv:
+        _print_json({"error": line, "exit_code": code})
+    sys.exit(code)

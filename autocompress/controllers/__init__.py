@@ -1,0 +1,1 @@
+"""Who proposes: ask for a policy, tell what became of it."""

@@ -1,0 +1,189 @@
+"""Controllers on one Optuna study: multivariate TPE, NSGA-II and random search.
+
+Every trial is asked and told through the study, its parameters named per layer, so Optuna's importances and plots
+work on a run. The study lives in memory and is rebuilt from the journal; it never is the truth.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from autocompress.errors import AutocompressError
+from autocompress.policy import Policy
+from autocompress.space import Ordered, Parameter, Real, Space
+from autocompress.trial import Budget, Evaluation, Measurement
+
+UNKNOWN_LOSS = 100.0
+"""Loss told for a policy that was refused by its size: samplers rank such trials by their excess alone."""
+
+
+def _tpe(seed: int) -> BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return TPESampler(seed=seed, multivariate=True, n_startup_trials=10)
+
+
+def _nsga2(seed: int) -> BaseSampler:
+    return NSGAIISampler(seed=seed, population_size=20)
+
+
+def _random(seed: int) -> BaseSampler:
+    return RandomSampler(seed=seed)
+
+
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {"tpe": _tpe, "nsga2": _nsga2, "random": _random}
+
+
+def make_controller(
+    name: str, space: Space, budget: Budget, predict: Callable[[Policy], Measurement], seed: int
+) -> OptunaController:
+    """The controller called `name`. Raises `AutocompressError` naming the known ones."""
+    if name not in SAMPLERS:
+        raise AutocompressError(f"no controller {name!r}: use one of {', '.join(SAMPLERS)}")
+    return OptunaController(SAMPLERS[name], space, budget, predict, seed)
+
+
+class OptunaController:
+    """Starts with the uniform policies that fit, then samples; what exceeds the budget is told so and repaired."""
+
+    def __init__(
+        self,
+        sampler: Callable[[int], BaseSampler],
+        space: Space,
+        budget: Budget,
+        predict: Callable[[Policy], Measurement],
+        seed: int,
+    ) -> None:
+        self._sampler, self._space, self._budget, self._predict, self._seed = sampler, space, budget, predict, seed
+        self._baselines = deque(p for p in space.baselines() if self._excess(p) <= 0)
+        self._pending: dict[str, Trial] = {}
+        self._repair: Policy | None = None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        directions: list[Any] = ["minimize"] * (2 if budget.ms is None else 3)
+        self.study = optuna.create_study(directions=directions, sampler=RandomSampler(seed=seed))
+        self._name_objectives(["loss", "bytes", "ms"][: len(directions)])
+
+    def _name_objectives(self, names: list[str]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self.study.set_metric_names(names)
+
+    def _excess(self, policy: Policy) -> float:
+        return self._budget.static().excess(self._predict(policy))
+
+    def ask(self, parent: Policy | None = None, epochs: int = 0) -> Policy:
+        """See `Controller`. The sampler's generator depends on the seed and the trial's number alone."""
+        number = len(self.study.get_trials(deepcopy=False))
+        self.study.sampler = self._sampler(_mix(self._seed, number))
+        if parent is not None:
+            fixed = self._space.encode(parent)
+        elif self._repair is not None:
+            fixed = self._space.encode(self._space.shrink(self._repair, self._excess, _mix(self._seed, number)))
+            self._repair = None
+        elif self._baselines:
+            fixed = self._space.encode(self._baselines.popleft())
+        else:
+            fixed = {}
+        if fixed:
+            self.study.enqueue_trial(fixed)
+        trial = self._ask(recovery=parent is not None)
+        if parent is not None:
+            policy = self._space.with_recovery(parent, trial.params, epochs)
+        else:
+            policy = self._space.decode(trial.params)
+        self._pending[policy.key()] = trial
+        return policy
+
+    def _ask(self, *, recovery: bool) -> Trial:
+        parameters = self._space.policy_parameters
+        if recovery:
+            parameters += self._space.recovery_parameters
+        return self.study.ask({p.name: distribution(p) for p in parameters})
+
+    def tell(self, evaluation: Evaluation) -> None:
+        """See `Controller`."""
+        trial = self._pending.pop(evaluation.policy.key())
+        values, constraint, attributes = self._outcome(evaluation)
+        for key, value in attributes.items():
+            trial.set_user_attr(key, value)
+        if values is None:
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            trial.set_constraint("budget", constraint)
+            self.study.tell(trial, values)
+        self._after(evaluation)
+
+    def restore(self, evaluations: Iterable[Evaluation]) -> None:
+        """See `Controller`."""
+        for evaluation in evaluations:
+            if self._baselines and evaluation.policy == self._baselines[0]:
+                self._baselines.popleft()
+            if self._sampler is _nsga2:
+                self._replay(evaluation)
+            else:
+                self.study.add_trial(self._frozen(evaluation))
+                self._after(evaluation)
+
+    def _replay(self, evaluation: Evaluation) -> None:
+        """Ask and tell once more: NSGA-II marks generations on trials as it is asked."""
+        self.study.sampler = self._sampler(_mix(self._seed, len(self.study.get_trials(deepcopy=False))))
+        self.study.enqueue_trial(dict(self._space.encode(evaluation.policy)))
+        self._pending[evaluation.policy.key()] = self._ask(recovery=evaluation.policy.recovery.epochs > 0)
+        self.tell(evaluation)
+
+    def _after(self, evaluation: Evaluation) -> None:
+        self._repair = evaluation.policy if evaluation.status == "infeasible" else None
+
+    def _frozen(self, evaluation: Evaluation) -> FrozenTrial:
+        recovery = evaluation.policy.recovery.epochs > 0
+        parameters = self._space.policy_parameters + (self._space.recovery_parameters if recovery else ())
+        values, constraint, attributes = self._outcome(evaluation)
+        return optuna.trial.create_trial(
+            state=TrialState.FAIL if values is None else TrialState.COMPLETE,
+            values=values,
+            params=dict(self._space.encode(evaluation.policy)),
+            distributions={p.name: distribution(p) for p in parameters},
+            user_attrs=attributes,
+            constraints=None if values is None else {"budget": constraint},
+        )
+
+    def _outcome(self, evaluation: Evaluation) -> tuple[list[float] | None, float, dict[str, object]]:
+        """Objective values (None if it failed), the constraint (0 or less fits) and attributes for the study."""
+        attributes: dict[str, object] = {
+            "rung": evaluation.rung,
+            "policy": evaluation.policy.key(),
+            "status": evaluation.status,
+        }
+        measured = evaluation.measurement
+        if evaluation.status == "failed" or measured is None:
+            return None, math.inf, attributes
+        if evaluation.status == "infeasible":
+            values = [UNKNOWN_LOSS, float(measured.bytes), UNKNOWN_LOSS]
+            return values[: len(self.study.directions)], self._budget.static().excess(measured), attributes
+        attributes["quality"] = measured.quality
+        values = [measured.loss, float(measured.bytes), measured.latency_ms]
+        return values[: len(self.study.directions)], self._budget.excess(measured), attributes
+
+
+def distribution(parameter: Parameter) -> BaseDistribution:
+    """Ordered choices become integer indices, so that samplers see their order."""
+    if isinstance(parameter, Ordered):
+        return IntDistribution(0, len(parameter.values) - 1)
+    if isinstance(parameter, Real):
+        return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
+    return CategoricalDistribution(parameter.values)
+
+
+def _mix(seed: int, number: int) -> int:
+    """A 31-bit seed that differs for every (seed, number)."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "little") >> 1

@@ -1,0 +1,186 @@
+"""The engine: the only way a model gets changed.
+
+`Workbench` holds what is the same for every candidate (the dense model, calibration batches, channel importance,
+quantised layers seen before, two resident models to fill). `compress` applies one policy. Knows nothing about
+budgets, searches or files.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.engine.finetune import Constraint, Hints, train
+from autocompress.engine.prune import Importance, magnitude_mask, remove_channels
+from autocompress.engine.quantize import Grid, quantise
+from autocompress.engine.recalibrate import fold, norms, reestimate
+from autocompress.graph import Graph, Layer
+from autocompress.policy import LayerChoice, Policy
+from autocompress.stored import Quantised, Stored, StoredModel
+from autocompress.surgery import install, without
+from autocompress.task import Batch, Task, length, probe
+from autocompress.trace import trace
+
+CALIBRATION_INPUTS = 512
+_CACHE_BYTES = 512 * 2**20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """What `compress` made: `tensors` is the whole model as the file will hold it."""
+
+    policy: Policy
+    tensors: StoredModel
+
+
+class Workbench:
+    """Resident state of one task. Not safe for threads: `compress` and `realise` reuse its models."""
+
+    def __init__(self, task: Task, *, seed: int = 0) -> None:
+        """Loads and checks the dense model, traces it, and draws the calibration batches."""
+        self.task, self.seed = task, seed
+        self.teacher, self.example = probe(task)
+        for parameter in self.teacher.parameters():
+            parameter.requires_grad_(False)
+        self.graph: Graph = trace(self.teacher, self.example.inputs)
+        self.state = {name: value.detach().cpu() for name, value in self.teacher.state_dict().items()}
+        self.eps = {name: float(norm.eps) for name, norm in norms(self.teacher).items()}  # type: ignore[arg-type]
+        self.calibration = self._calibration()
+        self.importance = Importance(task, self.teacher, self.graph, self.calibration)
+        self._student = copy.deepcopy(self.teacher)
+        self._deployed: dict[bool, nn.Module] = {}
+        self._layers: OrderedDict[Any, tuple[Stored, int]] = OrderedDict()
+        self._steps: int | None = None
+
+    def _calibration(self) -> list[Batch]:
+        """Training batches, augmented as in training, the same ones for every candidate."""
+        found: list[Batch] = []
+        count = 0
+        for batch in self.task.batches("train", self.seed):
+            found.append(Batch(*batch))
+            count += length(found[-1].inputs)
+            if count >= CALIBRATION_INPUTS:
+                break
+        return found
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training batches in one epoch."""
+        if self._steps is None:
+            epoch = self.task.batches("train", self.seed)
+            self._steps = len(epoch) if isinstance(epoch, Sized) else sum(1 for _ in epoch)
+        return self._steps
+
+    def student(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """The resident model with its batch norms, filled with `state`."""
+        install(self._student, {name: state[name] for name in self.graph.tensors})
+        return self._student.eval()
+
+    def realise(self, compressed: Compressed) -> nn.Module:
+        """The resident model as it will be deployed, filled with exactly what the file holds."""
+        folds = compressed.policy.recovery.fold_bn
+        if folds not in self._deployed:
+            self._deployed[folds] = copy.deepcopy(self.teacher)
+            without(self._deployed[folds], self.graph.folded(compressed.policy))
+        model = self._deployed[folds]
+        install(model, {name: stored.dense() for name, stored in compressed.tensors.items()})
+        return model.eval()
+
+    def stored(self, layer: Layer, choice: LayerChoice, weight: Tensor, channels: tuple[Any, ...]) -> Stored:
+        """`weight` under `choice`, from the cache if this layer was seen with the same `channels` kept."""
+        key = (layer.name, choice, channels)
+        if key not in self._layers:
+            stored = quantise(weight, choice, magnitude_mask(weight, choice.zeros(weight.numel())))
+            self._layers[key] = stored, weight.numel() * (2 if isinstance(stored, Quantised) else 5)
+            while sum(size for _, size in self._layers.values()) > _CACHE_BYTES and len(self._layers) > 1:
+                self._layers.popitem(last=False)
+        self._layers.move_to_end(key)
+        return self._layers[key][0]
+
+
+def compress(bench: Workbench, policy: Policy, progress: Progress | None = None) -> Compressed:
+    """The dense model under `policy`: channels, zeros, bits, recovery training, batch norms, in this order.
+
+    A pure function of the task, the workbench's seed and the policy. `progress(step, total)` follows recovery
+    training. Raises `PolicyError` if the policy is not of this model, `FloatingPointError` if training diverges.
+    """
+    graph = bench.graph
+    graph.check(policy)
+    kept = bench.importance.kept(policy)
+    state = remove_channels(bench.state, graph, kept)
+    weights: dict[str, Stored] = {}
+    for layer, choice in graph.choices(policy):
+        channels = tuple(
+            (g.name, len(kept[g.name]), policy.criterion)
+            for g in graph.prunable
+            if g.name in kept and any(m.tensor == layer.weight for m in g.members)
+        )
+        weights[layer.weight] = bench.stored(layer, choice, state[layer.weight], channels)
+    if policy.recovery.epochs:
+        state = _recover(bench, policy, state, weights, kept, progress)
+        for layer, choice in graph.choices(policy):
+            constraint = _constraint(weights[layer.weight])
+            weights[layer.weight] = quantise(state[layer.weight], choice, constraint.mask, constraint.grid)
+    if policy.recovery.reestimate_bn and bench.eps and bench.calibration:
+        student = bench.student({**state, **{name: stored.dense() for name, stored in weights.items()}})
+        reestimate(student, bench.calibration)
+        state = {**state, **{k: v.detach().cpu().clone() for k, v in student.state_dict().items() if k not in weights}}
+    return Compressed(policy, fold(weights, state, graph, policy, bench.eps))
+
+
+def _recover(
+    bench: Workbench,
+    policy: Policy,
+    state: Mapping[str, Tensor],
+    weights: Mapping[str, Stored],
+    kept: Mapping[str, Tensor],
+    progress: Progress | None,
+) -> dict[str, Tensor]:
+    """All tensors after recovery training, weights still in float but true to their masks and grids."""
+    student = bench.student({**state, **_start(state, weights)})
+    constraints = {name: _constraint(stored) for name, stored in weights.items()}
+    train(
+        student,
+        bench.teacher,
+        bench.task,
+        policy.recovery,
+        constraints,
+        _hints(bench.graph, kept),
+        steps_per_epoch=bench.steps_per_epoch,
+        seed=bench.seed,
+        progress=progress,
+    )
+    return {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
+
+
+def _start(state: Mapping[str, Tensor], weights: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """Training starts from the dense weights, not the rounded ones: the remainder says which way to go."""
+    return {name: state[name] for name in weights}
+
+
+def _constraint(stored: Stored) -> Constraint:
+    mask = getattr(stored, "mask", None)
+    if isinstance(stored, Quantised):
+        return Constraint(mask, Grid(stored.scale, stored.zero.float(), stored.bits, stored.symmetric))
+    return Constraint(mask, None)
+
+
+def _hints(graph: Graph, kept: Mapping[str, Tensor]) -> Hints:
+    """Three layers at a quarter, half and three quarters of the network's depth."""
+    inner = [layer for layer in graph.layers[:-1] if layer.kind != "embedding"]
+    chosen = {inner[len(inner) * quarter // 4].name for quarter in (1, 2, 3)} if inner else set()
+    channels = {}
+    for group in graph.prunable:
+        for member in group.producers:
+            layer = member.tensor.removesuffix(".weight")
+            if layer in chosen and group.name in kept:
+                channels[layer] = torch.tensor(member.index)[kept[group.name]].flatten()
+    return Hints(tuple(sorted(chosen)), channels)

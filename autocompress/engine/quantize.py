@@ -1,0 +1,111 @@
+"""Affine weight quantisation: normalise to a grid, round, rescale. Chooses no widths.
+
+One grid per output channel (dimension 0). Symmetric grids have the zero point 2^(bits-1), which is not stored, and
+a scale whose sign puts the longer side of the grid where the largest weight is; asymmetric grids span the
+channel's range including zero. Either way zero is exactly representable, so pruned weights stay zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autocompress.policy import LayerChoice
+from autocompress.stored import Full, Half, Quantised, Stored, round_to_half
+
+CLIPPING = tuple(1.0 - 0.04 * step for step in range(20))
+"""Shares of the full range that are tried; the one with the least squared error wins (LAPQ-style clipping)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """code = round(w / scale) + zero, in [0, 2^bits).
+
+    `scale` (out,) float32, exact in the file's 16 bits; `zero` (out,) float32 holding integers.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    symmetric: bool
+
+    def _rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1, *[1] * (weight.ndim - 1))
+        return self.scale.reshape(shape), self.zero.reshape(shape)
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Codes, as floats, of the nearest grid points: same shape as `weight` (out, ...)."""
+        scale, zero = self._rows(weight)
+        return (torch.round(weight / scale) + zero).clamp(0, 2**self.bits - 1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Weights of `codes`."""
+        scale, zero = self._rows(codes)
+        return scale * (codes - zero)
+
+
+def fit_grid(weight: Tensor, bits: int, *, symmetric: bool) -> Grid:
+    """The grid per channel that loses least: candidates are clipped versions of the full range.
+
+    `weight` (out, ...); pruned entries count as exact zeros on every grid.
+    """
+    rows = weight.detach().float().flatten(1)  # (out, n)
+    best_error = torch.full((len(rows),), float("inf"), device=rows.device)
+    best_scale, best_zero = torch.ones_like(best_error), torch.zeros_like(best_error)
+    for share in CLIPPING if bits < 8 else CLIPPING[:5]:
+        grid = _symmetric(rows, bits, share) if symmetric else _asymmetric(rows, bits, share)
+        error = (grid.decode(grid.encode(rows)) - rows).square().sum(dim=1)
+        wins = error < best_error
+        best_error = torch.where(wins, error, best_error)
+        best_scale = torch.where(wins, grid.scale, best_scale)
+        best_zero = torch.where(wins, grid.zero, best_zero)
+    return Grid(round_to_half(best_scale), best_zero, bits, symmetric)
+
+
+def _symmetric(rows: Tensor, bits: int, share: float) -> Grid:
+    half = 2 ** (bits - 1)
+    low, high = rows.amin(dim=1).clamp(max=0), rows.amax(dim=1).clamp(min=0)
+    # codes reach -half on one side and half - 1 on the other: the longer side takes the larger weight
+    scale = torch.where(-low >= high, 1.0, -1.0) * torch.maximum(-low / half, high / half)
+    other = torch.minimum(-low, high) / max(1, half - 1)
+    scale = torch.sign(scale) * torch.maximum(scale.abs(), other) * share
+    return Grid(_nonzero(scale), torch.full_like(scale, half), bits, True)
+
+
+def _asymmetric(rows: Tensor, bits: int, share: float) -> Grid:
+    low, high = rows.amin(dim=1).clamp(max=0) * share, rows.amax(dim=1).clamp(min=0) * share
+    scale = _nonzero((high - low) / (2**bits - 1))
+    return Grid(scale, torch.round(-low / scale).clamp(0, 2**bits - 1), bits, False)
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """An all-zero channel gets scale 1: any grid represents it."""
+    return torch.where(scale.abs() < 1e-30, torch.ones_like(scale), scale)
+
+
+def quantise(weight: Tensor, choice: LayerChoice, mask: Tensor | None, grid: Grid | None = None) -> Stored:
+    """`weight` (out, ...) as the file holds it: pruned by `mask`, then on `grid` or the best grid of `choice`."""
+    weight = weight.detach().float() if mask is None else weight.detach().float() * mask
+    if choice.bits == 32:
+        return Full(weight, mask)
+    if choice.bits == 16:
+        return Half(round_to_half(weight), mask)
+    grid = grid or fit_grid(weight, choice.bits, symmetric=choice.scheme == "symmetric")
+    codes = grid.encode(weight).to(torch.uint8)
+    return Quantised(codes, grid.scale, grid.zero.to(torch.uint8), choice.bits, grid.symmetric, mask)
+
+
+def rescale(stored: Stored, factor: Tensor) -> Stored:
+    """Each row multiplied by `factor` (out,): a grid absorbs it in its scale, so the codes stay."""
+    if isinstance(stored, Quantised):
+        return Quantised(
+            stored.codes, round_to_half(stored.scale * factor), stored.zero, stored.bits, stored.symmetric, stored.mask
+        )
+    values = stored.dense() * factor.reshape(-1, *[1] * (stored.values.ndim - 1))
+    if isinstance(stored, Half):
+        return Half(round_to_half(values), stored.mask)
+    if isinstance(stored, Full):
+        return Full(values, stored.mask)
+    raise TypeError("integer buffers are not rescaled")

@@ -1,0 +1,71 @@
+"""Batch-norm statistics: re-estimation after compression, and folding into the weights before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.engine.quantize import rescale
+from autocompress.graph import Graph
+from autocompress.policy import Policy
+from autocompress.stored import Half, Raw, Stored, StoredModel, round_to_half
+from autocompress.surgery import fold_scale
+from autocompress.task import Batch, call, to_device
+
+_NORM = nn.modules.batchnorm._BatchNorm
+
+
+def norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Batch norms with running statistics."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _NORM) and m.track_running_stats}
+
+
+def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Replace running statistics by their mean over `batches`; every other module stays in evaluation mode.
+
+    Compression shifts every layer's activations, and the statistics must follow (Sun et al. 2019, 1904.05049).
+    Batches with the training augmentation give the statistics that training would.
+    """
+    found = norms(model)
+    if not found:
+        return
+    model.eval()
+    momenta = {}
+    for name, norm in found.items():
+        momenta[name] = norm.momentum
+        norm.momentum = None  # type: ignore[assignment]  # None is the cumulative mean
+        norm.reset_running_stats()  # type: ignore[operator]
+        norm.train()
+    try:
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            for batch in batches:
+                call(model, to_device(batch.inputs, device))
+    finally:
+        for name, norm in found.items():
+            norm.momentum = momenta[name]
+            norm.eval()
+
+
+def fold(
+    weights: StoredModel, state: Mapping[str, Tensor], graph: Graph, policy: Policy, eps: Mapping[str, float]
+) -> dict[str, Stored]:
+    """Everything the file holds, in its order: the stored `weights`, and the rest at 16 bits.
+
+    If the policy folds, each batch norm that follows a layer alone disappears into that layer's scales and bias.
+    `state` holds the compressed model's tensors, `eps` each norm's epsilon.
+    """
+    folds = {layer.name: fold_scale(state, layer, eps[norm]) for norm, layer in graph.folded(policy).items()}
+    result: dict[str, Stored] = {}
+    for name in graph.contents(policy):
+        owner, _, key = name.rpartition(".")
+        if name in weights:
+            result[name] = rescale(weights[name], folds[owner][0]) if owner in folds else weights[name]
+        elif owner in folds and key == "bias":
+            result[name] = Half(round_to_half(folds[owner][1]))
+        else:
+            value = state[name]
+            result[name] = Half(round_to_half(value.float())) if value.is_floating_point() else Raw(value)
+    return result

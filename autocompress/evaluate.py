@@ -1,0 +1,93 @@
+"""Compress and measure one policy: a pure function of task, seed and policy. Contains no loop and no choice."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from autocompress.artifact.packed import Artifact, build, pack, read, write
+from autocompress.engine import Compressed, Progress, Workbench, compress
+from autocompress.errors import PolicyError
+from autocompress.measure.latency import LatencyMeter
+from autocompress.measure.quality import QualityMeter
+from autocompress.measure.size import Size
+from autocompress.policy import Policy
+from autocompress.task import Task
+from autocompress.trial import Evaluation, Measurement
+
+Evaluate = Callable[[Policy, int, Path | None], Evaluation]
+"""(policy, rung, where to keep the artifact) -> evaluation: what a runner runs, and what tests fake."""
+
+
+class Evaluator:
+    """Holds the resident models and meters of one task."""
+
+    def __init__(self, task: Task, *, seed: int = 0, dense_ms: float | None = None) -> None:
+        """`dense_ms` is the dense latency that an earlier part of the same run measured."""
+        self.task, self.seed = task, seed
+        self.bench = Workbench(task, seed=seed)
+        self.graph = self.bench.graph
+        self.size = Size(self.graph, task.name, task.metric)
+        self.quality = QualityMeter(task, self.bench.teacher)
+        self.latency = LatencyMeter(self.bench.teacher, self.bench.example.inputs, dense_ms)
+
+    @property
+    def dense(self) -> Measurement:
+        """The uncompressed model: four bytes a value, its quality, its latency."""
+        return Measurement(self.graph.dense_bytes, self.graph.dense_macs, self.quality.dense, 0.0, self.latency.dense)
+
+    def predict(self, policy: Policy) -> Measurement:
+        """What is known exactly without building: bytes and multiply-accumulates."""
+        self.graph.check(policy)
+        return Measurement(self.size(policy), self.graph.macs(policy))
+
+    def __call__(
+        self, policy: Policy, rung: int = 0, keep: Path | None = None, progress: Progress | None = None
+    ) -> Evaluation:
+        """Build and measure `policy`. With `keep`, its artifact is written there.
+
+        A candidate that fails (training diverges, a value is not finite, anything it raises) is a `failed`
+        evaluation with its traceback; a policy of another model raises `PolicyError`.
+        """
+        start = time.perf_counter()
+        try:
+            compressed, model = self.build(policy, progress)
+            measured = self._measure(policy, model)
+            if keep is not None:
+                write(keep, self.pack(compressed, measured.quality))
+            return Evaluation(policy, self.seed, rung, "ok", measured, seconds=time.perf_counter() - start)
+        except PolicyError:
+            raise
+        except Exception:
+            return Evaluation(
+                policy,
+                self.seed,
+                rung,
+                "failed",
+                error=traceback.format_exc(limit=-6),
+                seconds=time.perf_counter() - start,
+            )
+
+    def build(self, policy: Policy, progress: Progress | None = None) -> tuple[Compressed, nn.Module]:
+        """The compressed tensors and the resident model filled with them."""
+        compressed = compress(self.bench, policy, progress)
+        return compressed, self.bench.realise(compressed)
+
+    def _measure(self, policy: Policy, model: nn.Module) -> Measurement:
+        quality = self.quality(model)
+        latency = self.latency(model, self.graph.architecture(policy))
+        known = self.predict(policy)
+        return Measurement(known.bytes, known.macs, quality.score, quality.loss, latency.ms)
+
+    def pack(self, compressed: Compressed, quality: float) -> bytes:
+        """The content of the file for a compressed model that scored `quality`."""
+        return pack(self.size.header(compressed.policy), compressed.tensors, quality)
+
+    def reload(self, path: Path) -> tuple[Artifact, nn.Module]:
+        """The file at `path` read back and rebuilt on a fresh model of the task."""
+        artifact = read(path)
+        return artifact, build(artifact, self.task.model())

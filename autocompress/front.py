@@ -1,0 +1,157 @@
+"""Dominance, hypervolume, knee, and picking from a front. Plain numbers; no tensors, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from autocompress.errors import AutocompressError
+from autocompress.trial import Budget, Evaluation, Measurement
+
+Point = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """An evaluation with its number in the run; `quality_test` and `artifact` once the run has finalised it."""
+
+    number: int
+    evaluation: Evaluation
+    quality_test: float = math.nan
+    artifact: str = ""
+
+    @property
+    def measured(self) -> Measurement:
+        """What it measured; only `ok` trials have that."""
+        if self.evaluation.measurement is None:
+            raise ValueError(f"trial {self.number} has no measurement")
+        return self.evaluation.measurement
+
+
+def dominates(a: Point, b: Point) -> bool:
+    """Whether `a` is at least as low everywhere as `b` and lower somewhere."""
+    return all(x <= y for x, y in zip(a, b, strict=True)) and a != b
+
+
+def non_dominated(points: Sequence[Point]) -> list[int]:
+    """Indices of the points that no other dominates, in the given order; of equal points the first."""
+    order = sorted(range(len(points)), key=lambda i: (points[i], i))
+    front: list[int] = []
+    for i in order:  # in lexicographic order nothing later dominates anything earlier
+        if not any(points[j] == points[i] or dominates(points[j], points[i]) for j in front):
+            front.append(i)
+    return sorted(front)
+
+
+def hypervolume(points: Sequence[Point], reference: Point) -> float:
+    """Volume that the points dominate below `reference`, lower-better, by slicing along the last objective.
+
+    Exact for any number of objectives (While et al. 2006, HSO); two and three are what searches use.
+    """
+    inside = [p for p in points if all(x < r for x, r in zip(p, reference, strict=True))]
+    if not inside:
+        return 0.0
+    if len(reference) == 1:
+        return reference[0] - min(p[0] for p in inside)
+    levels = sorted({p[-1] for p in inside})
+    volume = 0.0
+    for level, above in zip(levels, [*levels[1:], reference[-1]], strict=True):
+        slab = [p[:-1] for p in inside if p[-1] <= level]
+        volume += (above - level) * hypervolume(slab, reference[:-1])
+    return volume
+
+
+def knee(points: Sequence[Point]) -> int:
+    """Index of the two-objective point farthest below the line between the ends of the front, both axes to [0, 1].
+
+    The Kneedle idea (Satopaa et al. 2011) on a non-dominated set; with fewer than three points the first.
+    """
+    low = [min(p[d] for p in points) for d in (0, 1)]
+    span = [max(p[d] for p in points) - low[d] or 1.0 for d in (0, 1)]
+    scaled = [((p[0] - low[0]) / span[0], (p[1] - low[1]) / span[1]) for p in points]
+    return min(range(len(points)), key=lambda i: (scaled[i][0] + scaled[i][1], i))
+
+
+# --- trials ---------------------------------------------------------------------------------------------
+
+
+def objectives(trial: Trial, direction: str, *, latency: bool) -> Point:
+    """What a front of trials minimises: quality turned lower-better, bytes and, if asked for, milliseconds."""
+    measured = trial.measured
+    quality = -measured.quality if direction == "max" else measured.quality
+    return (quality, float(measured.bytes), measured.latency_ms) if latency else (quality, float(measured.bytes))
+
+
+def front_of(trials: Sequence[Trial], direction: str, *, latency: bool = False) -> list[Trial]:
+    """Non-dominated `ok` trials, smallest first."""
+    ok = [trial for trial in trials if trial.evaluation.status == "ok"]
+    chosen = non_dominated([objectives(trial, direction, latency=latency) for trial in ok])
+    return sorted((ok[i] for i in chosen), key=lambda trial: (trial.measured.bytes, trial.number))
+
+
+def feasible(trials: Sequence[Trial], budget: Budget) -> list[Trial]:
+    """`ok` trials within every limit."""
+    return [t for t in trials if t.evaluation.status == "ok" and budget.excess(t.measured) <= 0]
+
+
+def nearest(trials: Sequence[Trial], budget: Budget) -> Trial | None:
+    """The `ok` trial that misses the budget by the least share."""
+    ok = [trial for trial in trials if trial.evaluation.status == "ok"]
+    return min(ok, key=lambda trial: (budget.excess(trial.measured), trial.number), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What `pick` was asked for; None and False ask for nothing."""
+
+    max_size: int | None = None
+    max_latency: float | None = None
+    min_quality: float | None = None
+    knee: bool = False
+    trial: int | None = None
+
+
+def pick(trials: Sequence[Trial], direction: str, wish: Wish, budget: Budget) -> Trial:
+    """The trial that `wish` names, or the best quality within all limits and the run's `budget`.
+
+    Equal quality goes to the fewer bytes, then the lower latency. Raises `AutocompressError` that says which limit
+    rules everything out.
+    """
+    if wish.trial is not None:
+        for trial in trials:
+            if trial.number == wish.trial and trial.evaluation.status == "ok":
+                return trial
+        raise AutocompressError(f"trial {wish.trial} is not in this run or was not measured; see front.csv")
+    fits = feasible(trials, budget)
+    if not fits:
+        raise AutocompressError(f"this run has no trial within {budget}")
+    sign = 1.0 if direction == "max" else -1.0
+    checks: list[tuple[float | None, str, Callable[[Trial], bool]]] = [
+        (wish.max_size, "--max-size", lambda t: t.measured.bytes <= (wish.max_size or 0)),
+        (wish.max_latency, "--max-latency", lambda t: t.measured.latency_ms <= (wish.max_latency or 0)),
+        (wish.min_quality, "--min-quality", lambda t: sign * t.measured.quality >= sign * (wish.min_quality or 0)),
+    ]
+    for limit, text, holds in checks:
+        if limit is None:
+            continue
+        remaining = [trial for trial in fits if holds(trial)]
+        if not remaining:
+            raise AutocompressError(f"no trial is within {text} {limit:g}: {_reach(fits, direction)}")
+        fits = remaining
+    if wish.knee:
+        candidates = front_of(fits, direction)
+        points = [objectives(t, direction, latency=False) for t in candidates]
+        return candidates[knee([(p[0], math.log(p[1])) for p in points])]
+    if wish.min_quality is not None and wish.max_size is None and wish.max_latency is None:
+        return min(fits, key=lambda t: (t.measured.bytes, -sign * t.measured.quality, t.number))
+    return min(fits, key=lambda t: (-sign * t.measured.quality, t.measured.bytes, t.measured.latency_ms, t.number))
+
+
+def _reach(fits: Sequence[Trial], direction: str) -> str:
+    best = max if direction == "max" else min
+    return (
+        f"what remains reaches {min(t.measured.bytes for t in fits):,} bytes, "
+        f"{min(t.measured.latency_ms for t in fits):.3g} ms and quality "
+        f"{best(t.measured.quality for t in fits):.4f}"
+    )

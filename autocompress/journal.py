@@ -1,0 +1,149 @@
+"""The one truth about a run: a SQLite ledger, one row per trial, each committed to disk before anything else happens.
+
+A killed process loses at most the trial in flight, whose row says `running`. Knows nothing about what the rows mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from autocompress.errors import AutocompressError, RunError
+from autocompress.front import Trial
+from autocompress.policy import Policy
+from autocompress.trial import Evaluation
+
+SCHEMA = 1
+FILE = "journal.sqlite"
+_TABLES = """
+CREATE TABLE IF NOT EXISTS trials (
+    number INTEGER PRIMARY KEY, state TEXT NOT NULL, rung INTEGER NOT NULL, key TEXT NOT NULL,
+    policy TEXT NOT NULL, evaluation TEXT, attempts INTEGER NOT NULL DEFAULT 1,
+    quality_test REAL, artifact TEXT, finished TEXT);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+class Journal:
+    """Rows of a run folder's ledger. Open it to write through `writing`, to look through `reading`."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+
+    @classmethod
+    @contextmanager
+    def writing(cls, folder: Path) -> Iterator[Journal]:
+        """Hold the ledger of `folder` alone; it is made if absent. Raises `RunError` if another process holds it."""
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(
+                f"{folder} is in use by another autocompress process; wait for it or use another --out"
+            ) from None
+        except OSError as error:
+            raise RunError(f"cannot write in {folder}: {error.strerror}") from None
+        try:
+            with cls._open(folder, "rwc") as journal:
+                journal._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _TABLES)
+                journal._check_schema(folder)
+                yield journal
+        finally:
+            lock.release()
+
+    @classmethod
+    @contextmanager
+    def reading(cls, folder: Path) -> Iterator[Journal]:
+        """Look at the ledger of a finished, running or killed run."""
+        if not (folder / FILE).is_file():
+            raise RunError(f"{folder} is not a run folder: it has no {FILE}")
+        with cls._open(folder, "rw") as journal:
+            journal._check_schema(folder)
+            yield journal
+
+    @classmethod
+    @contextmanager
+    def _open(cls, folder: Path, mode: str) -> Iterator[Journal]:
+        uri = (folder / FILE).resolve().as_uri() + f"?mode={mode}"
+        try:
+            connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+            try:
+                yield cls(connection)
+            finally:
+                connection.close()
+        except sqlite3.Error as error:
+            raise RunError(f"the journal in {folder} cannot be used: {error}") from error
+
+    def _check_schema(self, folder: Path) -> None:
+        written = self.fact("schema")
+        if written is None:
+            self.set_fact("schema", SCHEMA)
+        elif written != SCHEMA:
+            raise RunError(f"{folder} was written by another version of autocompress (schema {written}); use that one")
+
+    # --- facts: small values about the whole run ---
+
+    def fact(self, name: str) -> Any:
+        """The value of a fact, or None."""
+        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def set_fact(self, name: str, value: Any) -> None:
+        """Write a fact, replacing its former value."""
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+
+    # --- trials ---
+
+    def begin(self, number: int, policy: Policy, rung: int) -> int:
+        """Write that trial `number` is about to run; how often that has been tried, this time included.
+
+        A row that a dead process left `running` under this number is taken over.
+        """
+        row = self._db.execute(
+            "INSERT INTO trials (number, state, rung, key, policy) VALUES (?, 'running', ?, ?, ?) "
+            "ON CONFLICT (number) DO UPDATE SET rung = excluded.rung, policy = excluded.policy, "
+            "attempts = CASE WHEN key = excluded.key THEN attempts + 1 ELSE 1 END, key = excluded.key "
+            "WHERE state = 'running' RETURNING attempts",
+            (number, rung, policy.key(), json.dumps(policy.to_json())),
+        ).fetchone()
+        if row is None:
+            raise RunError(f"trial {number} is already finished")
+        return int(row[0])
+
+    def finish(self, number: int, evaluation: Evaluation) -> None:
+        """Write what became of a trial; a trial is finished once."""
+        done = self._db.execute(
+            "UPDATE trials SET state = ?, evaluation = ?, finished = datetime('now') "
+            "WHERE number = ? AND state = 'running'",
+            (evaluation.status, json.dumps(evaluation.to_json()), number),
+        )
+        if done.rowcount != 1:
+            raise RunError(f"trial {number} is already finished")
+
+    def finalise(self, number: int, quality_test: float, artifact: str) -> None:
+        """Write the test quality and artifact name of a front member."""
+        value = None if math.isnan(quality_test) else quality_test
+        self._db.execute("UPDATE trials SET quality_test = ?, artifact = ? WHERE number = ?", (value, artifact, number))
+
+    def trials(self) -> list[Trial]:
+        """Finished trials, in order."""
+        rows = self._db.execute(
+            "SELECT number, policy, evaluation, quality_test, artifact FROM trials "
+            "WHERE state != 'running' ORDER BY number"
+        ).fetchall()
+        try:
+            return [_trial(*row) for row in rows]
+        except (KeyError, TypeError, ValueError, AutocompressError) as error:
+            raise RunError(f"the journal holds a row that cannot be read: {error}") from error
+
+
+def _trial(number: int, policy: str, evaluation: str, quality_test: float | None, artifact: str | None) -> Trial:
+    known = Evaluation.from_json(Policy.from_json(json.loads(policy)), json.loads(evaluation))
+    return Trial(number, known, math.nan if quality_test is None else quality_test, artifact or "")

@@ -1,0 +1,1 @@
+"""Bytes, milliseconds and quality of one candidate. Knows nothing about searches."""

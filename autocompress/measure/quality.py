@@ -1,0 +1,79 @@
+"""The task's metric and the distance to the dense model, both from one pass over a split."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.task import Split, Task, divergence, tensors
+
+MEMORY = 512 * 2**20
+"""Bytes of dense outputs that are kept for comparison; what comes after them is not compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """`score` is the task's metric; `loss` is the mean divergence from the dense model's outputs."""
+
+    score: float
+    loss: float
+
+
+class QualityMeter:
+    """Scores candidates on one split. The dense model's outputs are recorded once, at construction."""
+
+    def __init__(self, task: Task, dense: nn.Module, split: Split = "val") -> None:
+        self._task, self._split = task, split
+        self._reference: list[Any] = []
+        self._bytes = 0
+        handle = dense.register_forward_hook(self._record)
+        try:
+            self.dense = float(task.score(dense, split))
+        finally:
+            handle.remove()
+
+    def _record(self, module: nn.Module, given: Any, outputs: Any) -> None:  # noqa: ARG002
+        size = sum(t.numel() * t.element_size() for t in tensors(outputs))
+        if self._bytes + size <= MEMORY:
+            self._bytes += size
+            self._reference.append(_detached(outputs))
+
+    def __call__(self, model: nn.Module) -> Quality:
+        """One pass: the metric, and the divergence accumulated as the outputs go by.
+
+        Raises `FloatingPointError` when either is not a number.
+        """
+        total, count = 0.0, 0
+
+        def compare(module: nn.Module, given: Any, outputs: Any) -> None:  # noqa: ARG001
+            nonlocal total, count
+            if count < len(self._reference):
+                with torch.no_grad():
+                    total += float(divergence(self._task, _detached(outputs), self._reference[count]))
+                count += 1
+
+        handle = model.register_forward_hook(compare)
+        try:
+            score = float(self._task.score(model, self._split))
+        finally:
+            handle.remove()
+        loss = total / count if count else math.nan
+        if not (math.isfinite(score) and math.isfinite(loss)):
+            raise FloatingPointError(f"{self._task.metric} is {score} and the divergence from the dense model {loss}")
+        return Quality(score, loss)
+
+
+def _detached(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs.detach().cpu().clone()  # clone: a model may reuse its output's memory
+    if isinstance(outputs, dict):
+        return {key: _detached(value) for key, value in outputs.items()}
+    if isinstance(outputs, tuple | list):
+        return tuple(_detached(value) for value in outputs)
+    if hasattr(outputs, "items"):
+        return {key: _detached(value) for key, value in outputs.items()}
+    return outputs

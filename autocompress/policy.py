@@ -1,0 +1,176 @@
+"""What a candidate is: a frozen value that says how to compress each layer and how to recover.
+
+Knows nothing about tensors, budgets or searches. Solvers, samplers and people all write the same `Policy`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from autocompress.errors import PolicyError
+
+Scheme = Literal["symmetric", "asymmetric"]
+Criterion = Literal["l1", "l2", "taylor", "entropy", "gini"]
+Decay = Literal["constant", "step", "exponential", "cosine", "polynomial"]
+Gradient = Literal["none", "centralise", "standardise"]
+
+BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
+"""Weight widths: integers on an affine grid up to 8, IEEE half and single precision above."""
+
+
+def _require(condition: bool, what: str, given: object, required: str) -> None:
+    if not condition:
+        raise PolicyError(f"{what} is {given!r}; it must be {required}")
+
+
+def _one_of(what: str, given: str, kind: Any) -> None:
+    allowed = get_args(kind)
+    _require(given in allowed, what, given, "one of " + ", ".join(allowed))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """How one weight tensor is stored: share of zeros, bit width, and the grid's symmetry."""
+
+    bits: int = 32
+    sparsity: float = 0.0
+    scheme: Scheme = "symmetric"
+
+    def __post_init__(self) -> None:
+        _require(self.bits in BITS, "bits", self.bits, f"one of {BITS}")
+        _require(0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "in [0, 1)")
+        _one_of("scheme", self.scheme, Scheme)
+
+    def zeros(self, count: int) -> int:
+        """How many of `count` weights are removed: exact, so that a file's size follows from the policy alone."""
+        return math.floor(count * self.sparsity + 1e-9)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """How a compressed model is repaired: batch-norm handling, then `epochs` of recovery training.
+
+    `decay_rate` is the share of the peak learning rate that is left at the end, whatever the decay kind.
+    `adjust_factor` of 1 turns the plateau adjustment off. `distill_weight` mixes the task's loss (0) with the
+    teacher's soft targets (1); `hint_weight` adds the distance between hidden features.
+    """
+
+    epochs: int = 0
+    lr: float = 0.02
+    decay: Decay = "cosine"
+    decay_rate: float = 0.01
+    adjust_factor: float = 1.0
+    adjust_patience: int = 2
+    distill_weight: float = 0.9
+    temperature: float = 4.0
+    hint_weight: float = 0.0
+    gradient: Gradient = "none"
+    reestimate_bn: bool = True
+    fold_bn: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        _require(0.0 < self.lr <= 10.0, "lr", self.lr, "in (0, 10]")
+        _one_of("decay", self.decay, Decay)
+        _require(0.0 < self.decay_rate <= 1.0, "decay_rate", self.decay_rate, "in (0, 1]")
+        _require(0.0 < self.adjust_factor <= 1.0, "adjust_factor", self.adjust_factor, "in (0, 1]")
+        _require(self.adjust_patience >= 0, "adjust_patience", self.adjust_patience, "0 or more")
+        _require(0.0 <= self.distill_weight <= 1.0, "distill_weight", self.distill_weight, "in [0, 1]")
+        _require(self.temperature > 0.0, "temperature", self.temperature, "above 0")
+        _require(self.hint_weight >= 0.0, "hint_weight", self.hint_weight, "0 or more")
+        _one_of("gradient", self.gradient, Gradient)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One candidate. `layers` and `keep` are read-only; layers and groups that are not named stay dense.
+
+    `keep` maps a coupling group to the share of its channels that stays; which ones is decided by `criterion`.
+    """
+
+    layers: Mapping[str, LayerChoice] = field(default_factory=dict)
+    keep: Mapping[str, float] = field(default_factory=dict)
+    criterion: Criterion = "l2"
+    recovery: Recovery = field(default_factory=Recovery)
+
+    def __post_init__(self) -> None:
+        for group, ratio in self.keep.items():
+            _require(0.0 < ratio <= 1.0, f"keep ratio of {group}", ratio, "in (0, 1]")
+        _one_of("criterion", self.criterion, Criterion)
+        object.__setattr__(self, "layers", MappingProxyType(dict(sorted(self.layers.items()))))
+        object.__setattr__(self, "keep", MappingProxyType(dict(sorted(self.keep.items()))))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Policy.from_json, (self.to_json(),)
+
+    def __hash__(self) -> int:
+        return hash(self.key())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` gives an equal policy back."""
+        return {
+            "layers": {name: asdict(choice) for name, choice in self.layers.items()},
+            "keep": dict(self.keep),
+            "criterion": self.criterion,
+            "recovery": asdict(self.recovery),
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Policy:
+        """The policy that `to_json` wrote. Raises `PolicyError` on anything else."""
+        top = _record("policy", data, {f.name for f in fields(cls)})
+        layers = _record("policy.layers", top.get("layers", {}), None)
+        keep = _record("policy.keep", top.get("keep", {}), None)
+        try:
+            return cls(
+                layers={
+                    name: LayerChoice(**_typed(LayerChoice, f"policy.layers.{name}", choice))
+                    for name, choice in layers.items()
+                },
+                keep={name: _number(f"policy.keep.{name}", ratio) for name, ratio in keep.items()},
+                criterion=top.get("criterion", "l2"),
+                recovery=Recovery(**_typed(Recovery, "policy.recovery", top.get("recovery", {}))),
+            )
+        except TypeError as error:
+            raise PolicyError(f"policy: {error}") from None
+
+    def key(self) -> str:
+        """16 hexadecimal digits that are equal if and only if (SHA-256) the policies are."""
+        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _record(what: str, data: Any, allowed: set[str] | None) -> dict[str, Any]:
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise PolicyError(f"{what} must be an object with named members, not {type(data).__name__}")
+    unknown = sorted(set(data) - allowed) if allowed is not None else []
+    if unknown:
+        raise PolicyError(f"{what} has unknown member {unknown[0]!r}; allowed: {', '.join(sorted(allowed or ()))}")
+    return data
+
+
+def _number(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PolicyError(f"{what} must be a number, not {value!r}")
+    return float(value)
+
+
+def _typed(kind: type[LayerChoice] | type[Recovery], what: str, data: Any) -> dict[str, Any]:
+    """`data` with each member checked against the type of the field's default value."""
+    defaults = asdict(kind())
+    record = _record(what, data, set(defaults))
+    return {name: _as(type(defaults[name]), f"{what}.{name}", value) for name, value in record.items()}
+
+
+def _as(kind: type, what: str, value: Any) -> Any:
+    if kind is float:
+        return _number(what, value)
+    if type(value) is not kind:
+        raise PolicyError(f"{what} must be {kind.__name__}, not {value!r}")
+    return value

@@ -1,0 +1,162 @@
+"""A run's trials and front as pandas tables and plain rows. Reads the journal; measures nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from autocompress.errors import AutocompressError
+from autocompress.front import Trial, Wish, feasible, front_of, nearest, pick
+from autocompress.journal import Journal
+from autocompress.study import Settings, read_config
+from autocompress.trial import Budget, Measurement
+
+COLUMNS = {
+    "trial": "int64",
+    "rung": "int64",
+    "quality_val": "float64",
+    "quality_test": "float64",
+    "bytes": "int64",
+    "latency_ms": "float64",
+    "macs": "int64",
+    "loss": "float64",
+    "feasible": "bool",
+    "policy": "str",
+    "artifact": "str",
+}
+"""Columns of `front.csv` and `trials.csv`, and keys of the rows that `--json` prints."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run folder says, read once."""
+
+    folder: Path
+    settings: Settings
+    config: dict[str, Any]
+    budget: Budget
+    dense: Measurement
+    trials: Sequence[Trial]
+    metric: str
+    direction: str
+    layers: Sequence[dict[str, Any]]
+    seconds: float
+    warnings: Sequence[str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Run:
+        """A finished, running or interrupted run. Raises `RunError`."""
+        settings, _, config = read_config(folder)
+        with Journal.reading(folder) as journal:
+            facts = {name: journal.fact(name) for name in ("dense", "budget", "identity", "layers")}
+            missing = [name for name, value in facts.items() if value is None]
+            if missing:
+                raise AutocompressError(
+                    f"{folder} ended before its first trial; continue it with `autocompress search --resume {folder}`"
+                )
+            return cls(
+                folder,
+                settings,
+                config,
+                Budget(**facts["budget"]),
+                Measurement(**facts["dense"]),
+                journal.trials(),
+                facts["identity"]["metric"],
+                facts["identity"]["direction"],
+                facts["layers"],
+                journal.fact("seconds") or 0.0,
+                journal.fact("warnings") or (),
+            )
+
+    @property
+    def front(self) -> list[Trial]:
+        """Feasible non-dominated trials, smallest first; of all trials if none is feasible."""
+        fits = feasible(self.trials, self.budget) or self.trials
+        return front_of(fits, self.direction, latency=self.budget.ms is not None)
+
+    @property
+    def picked(self) -> Trial | None:
+        """Best quality within the budget."""
+        return pick(self.trials, self.direction, Wish(), self.budget) if feasible(self.trials, self.budget) else None
+
+    @property
+    def nearest(self) -> Trial | None:
+        """The trial that misses the budget by least."""
+        return nearest(self.trials, self.budget)
+
+    @property
+    def evaluations(self) -> int:
+        """Trials that were really measured."""
+        return sum(t.evaluation.status != "infeasible" and t.evaluation.copy_of is None for t in self.trials)
+
+
+def row(trial: Trial, budget: Budget) -> dict[str, Any]:
+    """One `ok` trial under the names of `COLUMNS`."""
+    measured = trial.measured
+    return {
+        "trial": trial.number,
+        "rung": trial.evaluation.rung,
+        "quality_val": measured.quality,
+        "quality_test": trial.quality_test,
+        "bytes": measured.bytes,
+        "latency_ms": measured.latency_ms,
+        "macs": measured.macs,
+        "loss": measured.loss,
+        "feasible": budget.excess(measured) <= 0,
+        "policy": trial.evaluation.policy.key(),
+        "artifact": trial.artifact,
+    }
+
+
+def table(trials: Sequence[Trial], budget: Budget) -> pd.DataFrame:
+    """`ok` trials with typed columns."""
+    rows = [row(trial, budget) for trial in trials if trial.evaluation.status == "ok"]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def plain(value: Any) -> Any:
+    """NaN as None, so that JSON stays JSON."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The object that `search --json` and `report --json` print."""
+    picked = run.picked
+    return dict(
+        plain(
+            {
+                "run": str(run.folder),
+                "evaluations": run.evaluations,
+                "failed": sum(t.evaluation.status == "failed" for t in run.trials),
+                "seconds": round(run.seconds, 3),
+                "budget": {"bytes": run.budget.bytes, "latency_ms": run.budget.ms, "macs": run.budget.macs},
+                "dense": {
+                    "quality_val": run.dense.quality,
+                    "bytes": run.dense.bytes,
+                    "latency_ms": run.dense.latency_ms,
+                    "macs": run.dense.macs,
+                },
+                "front": [row(trial, run.budget) for trial in run.front],
+                "picked": row(picked, run.budget) if picked else None,
+                "nearest": row(run.nearest, run.budget) if picked is None and run.nearest else None,
+                "warnings": list(run.warnings),
+            }
+        )
+    )
+
+
+def size_text(count: float) -> str:
+    """Bytes as people say them, powers of ten: `1.23 MB`."""
+    for unit, scale in (("MB", 10**6), ("kB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}" if count < 1000 * scale else f"{count / scale:,.0f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,34 @@
+"""Runs trials in this process, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from autocompress.evaluate import Evaluate
+from autocompress.policy import Policy
+from autocompress.trial import Evaluation
+
+Job = tuple[Policy, int, Path | None]
+"""Policy, rung, where to keep its artifact."""
+
+
+class Runner(Protocol):
+    """Policies in, evaluations out."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Evaluation]:
+        """Evaluate each job; the next is taken only after the last evaluation has been consumed."""
+        ...
+
+
+class LocalRunner:
+    """One worker: this process."""
+
+    def __init__(self, evaluate: Evaluate) -> None:
+        self._evaluate = evaluate
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[Evaluation]:
+        """See `Runner`."""
+        for policy, rung, keep in jobs:
+            yield self._evaluate(policy, rung, keep)

@@ -1,0 +1,385 @@
+"""From a search space file and a graph to named choices, and between choices and policies.
+
+Knows nothing about Optuna, Ray or tensors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import random
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from autocompress.errors import SpaceError
+from autocompress.graph import Graph
+from autocompress.policy import BITS, Criterion, Decay, Gradient, LayerChoice, Policy, Recovery, Scheme
+
+Value = int | float | str | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """A choice among numbers, cheapest artifact first, so that one step down never adds bytes."""
+
+    name: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Categorical:
+    """A choice among things without an order."""
+
+    name: str
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Real:
+    """A number between two bounds."""
+
+    name: str
+    low: float
+    high: float
+    log: bool = False
+
+
+Parameter = Ordered | Categorical | Real
+
+
+# --- the file -------------------------------------------------------------------------------------------
+
+
+def _known_bits(values: list[int]) -> list[int]:
+    wrong = [value for value in values if value not in BITS]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not among {', '.join(map(str, BITS))}")
+    return values
+
+
+def _rising(bounds: list[float]) -> list[float]:
+    if len(bounds) != 2 or bounds[0] > bounds[1]:
+        raise ValueError("give [low, high] with low <= high")
+    return bounds
+
+
+Bits = Annotated[list[int], Field(min_length=1), AfterValidator(_known_bits)]
+Sparsities = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)]
+Ratios = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+Share = Annotated[list[Annotated[float, Field(ge=0, le=1)]], AfterValidator(_rising)]
+Positive = Annotated[list[Annotated[float, Field(gt=0)]], AfterValidator(_rising)]
+PositiveShare = Annotated[list[Annotated[float, Field(gt=0, le=1)]], AfterValidator(_rising)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class LayerSection(_Section):
+    """`[layers]`: what every weight may become."""
+
+    bits: Bits = [32]
+    sparsity: Sparsities = [0.0]
+    scheme: Annotated[list[Scheme], Field(min_length=1)] = ["symmetric"]
+
+
+class ChannelSection(_Section):
+    """`[channels]`: how many channels of each coupling group may stay, and by which importance."""
+
+    keep: Ratios = [1.0]
+    criterion: Annotated[list[Criterion], Field(min_length=1)] = ["l2"]
+    multiple_of: Annotated[int, Field(ge=1)] = 1
+
+
+class BatchNormSection(_Section):
+    """`[batch_norm]`: whether statistics are re-estimated and whether norms are folded into weights."""
+
+    reestimate: Annotated[list[bool], Field(min_length=1)] = [True]
+    fold: Annotated[list[bool], Field(min_length=1)] = [True]
+
+
+class RecoverySection(_Section):
+    """`[recovery]`: ranges of the recovery training."""
+
+    lr: Positive = [0.02, 0.02]
+    decay: Annotated[list[Decay], Field(min_length=1)] = ["cosine"]
+    decay_rate: PositiveShare = [0.01, 0.01]
+    adjust_factor: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1.0]
+    adjust_patience: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [2]
+    distill_weight: Share = [0.9, 0.9]
+    temperature: Positive = [4.0, 4.0]
+    hint_weight: Annotated[list[Annotated[float, Field(ge=0)]], AfterValidator(_rising)] = [0.0, 0.0]
+    gradient: Annotated[list[Gradient], Field(min_length=1)] = ["none"]
+
+
+class Override(_Section):
+    """`[[override]]`: other choices for the layers or channel groups whose name matches a glob."""
+
+    match: str
+    bits: Bits | None = None
+    sparsity: Sparsities | None = None
+    keep: Ratios | None = None
+
+
+class SpaceFile(_Section):
+    """The whole file."""
+
+    description: str = ""
+    layers: LayerSection = LayerSection()
+    channels: ChannelSection = ChannelSection()
+    batch_norm: BatchNormSection = BatchNormSection()
+    recovery: RecoverySection = RecoverySection()
+    override: list[Override] = []
+
+
+def shipped() -> list[str]:
+    """Names of the search spaces that come with the package."""
+    folder = resources.files("autocompress") / "search_spaces"
+    return sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".toml"))
+
+
+def load_space(name: str) -> SpaceFile:
+    """The shipped space called `name`, or the file at that path. Raises `SpaceError`."""
+    if name in shipped():
+        text = (resources.files("autocompress") / "search_spaces" / f"{name}.toml").read_text(encoding="utf-8")
+        return parse_space(text, f"{name}.toml")
+    path = Path(name)
+    if not path.is_file():
+        raise SpaceError(f"no search space {name!r}: give a .toml file or one of {', '.join(shipped())}")
+    try:
+        return parse_space(path.read_text(encoding="utf-8"), name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpaceError(f"cannot read the search space {name}: {error}") from None
+
+
+def parse_space(text: str, source: str) -> SpaceFile:
+    """Read TOML; every complaint names `source`, the key, what was given and what is allowed."""
+    try:
+        return SpaceFile.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise SpaceError(f"{source} is not TOML: {error}") from None
+    except ValidationError as error:
+        raise SpaceError(_complaint(source, error)) from None
+
+
+def _complaint(source: str, error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section: type[BaseModel] = (
+            _SECTIONS.get(str(first["loc"][0]), SpaceFile) if len(first["loc"]) > 1 else SpaceFile
+        )
+        allowed = list(section.model_fields)
+        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        return f"{source}: unknown key {key!r}{hint}; allowed here: {', '.join(allowed)}"
+    return f"{source}: {key} = {first['input']!r}: {first['msg']}"
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "layers": LayerSection,
+    "channels": ChannelSection,
+    "batch_norm": BatchNormSection,
+    "recovery": RecoverySection,
+    "override": Override,
+}
+
+
+# --- the space of one model -----------------------------------------------------------------------------
+
+
+class Space:
+    """The choices that `file` leaves open for `graph`.
+
+    A point is a mapping from parameter name to value: an index for `Ordered`, the value itself otherwise.
+    """
+
+    def __init__(self, file: SpaceFile, graph: Graph) -> None:
+        self.file, self.graph = file, graph
+        self.bits = {layer.name: tuple(sorted(set(self._layer(layer.name, "bits")))) for layer in graph.layers}
+        self.sparsity = {
+            layer.name: tuple(sorted(set(self._layer(layer.name, "sparsity")), reverse=True)) for layer in graph.layers
+        }
+        self.keep = {group.name: self._ratios(group.name, group.channels) for group in graph.prunable}
+        for override in file.override:
+            names = [*self.bits, *self.keep]
+            if not fnmatch.filter(names, override.match):
+                raise SpaceError(
+                    f"override match = {override.match!r} matches no layer and no channel group; "
+                    f"names here start with {', '.join(names[:4])}"
+                )
+
+    def _layer(self, name: str, key: str) -> list[Any]:
+        chosen: list[Any] = getattr(self.file.layers, key)
+        for override in self.file.override:
+            if fnmatch.fnmatchcase(name, override.match) and getattr(override, key) is not None:
+                chosen = getattr(override, key)
+        return chosen
+
+    def _ratios(self, name: str, channels: int) -> tuple[float, ...]:
+        """Keep ratios snapped to whole multiples of channels; all channels may always stay whole."""
+        ratios, step = self.file.channels.keep, self.file.channels.multiple_of
+        for override in self.file.override:
+            if fnmatch.fnmatchcase(name, override.match) and override.keep is not None:
+                ratios = override.keep
+        counts = {min(channels, max(step, round(ratio * channels / step) * step)) for ratio in ratios}
+        return tuple(sorted(count / channels for count in counts))
+
+    @cached_property
+    def policy_parameters(self) -> tuple[Parameter, ...]:
+        """Open choices about the compressed model itself, in network order."""
+        found: list[Parameter] = []
+        for layer in self.graph.layers:
+            found.append(Ordered(f"bits/{layer.name}", self.bits[layer.name]))
+            found.append(Ordered(f"sparsity/{layer.name}", self.sparsity[layer.name]))
+        found += [Ordered(f"keep/{name}", ratios) for name, ratios in self.keep.items()]
+        found.append(Categorical("scheme", tuple(self.file.layers.scheme)))
+        if any(len(ratios) > 1 for ratios in self.keep.values()):
+            found.append(Categorical("criterion", tuple(self.file.channels.criterion)))
+        found.append(Categorical("batch_norm/reestimate", tuple(self.file.batch_norm.reestimate)))
+        found.append(Categorical("batch_norm/fold", tuple(self.file.batch_norm.fold)))
+        return tuple(p for p in found if not isinstance(p, Real) and len(p.values) > 1)
+
+    @cached_property
+    def recovery_parameters(self) -> tuple[Parameter, ...]:
+        """Open choices about recovery training."""
+        r = self.file.recovery
+        found: list[Parameter] = [
+            Real("recovery/lr", r.lr[0], r.lr[1], log=True),
+            Categorical("recovery/decay", tuple(r.decay)),
+            Real("recovery/decay_rate", r.decay_rate[0], r.decay_rate[1], log=True),
+            Ordered("recovery/adjust_factor", tuple(sorted(set(r.adjust_factor)))),
+            Ordered("recovery/adjust_patience", tuple(sorted(set(r.adjust_patience)))),
+            Real("recovery/distill_weight", r.distill_weight[0], r.distill_weight[1]),
+            Real("recovery/temperature", r.temperature[0], r.temperature[1], log=True),
+            Real("recovery/hint_weight", r.hint_weight[0], r.hint_weight[1]),
+            Categorical("recovery/gradient", tuple(r.gradient)),
+        ]
+        return tuple(p for p in found if (p.low < p.high if isinstance(p, Real) else len(p.values) > 1))
+
+    def decode(self, point: Mapping[str, Value], epochs: int = 0) -> Policy:
+        """The policy at `point`; parameters that are absent take the largest (densest) or first choice."""
+        layers = {}
+        scheme = point.get("scheme", self.file.layers.scheme[0])
+        for name in self.bits:
+            layers[name] = LayerChoice(
+                bits=int(_at(self.bits[name], point, f"bits/{name}")),
+                sparsity=_at(self.sparsity[name], point, f"sparsity/{name}"),
+                scheme=scheme,  # type: ignore[arg-type]  # Policy validates it
+            )
+        keep = {name: _at(ratios, point, f"keep/{name}") for name, ratios in self.keep.items()}
+        criterion = point.get("criterion", self.file.channels.criterion[0])
+        return Policy(layers, keep, criterion, self._recovery(point, epochs))  # type: ignore[arg-type]
+
+    def _recovery(self, point: Mapping[str, Value], epochs: int) -> Recovery:
+        bn: dict[str, Any] = {
+            "reestimate_bn": point.get("batch_norm/reestimate", self.file.batch_norm.reestimate[0]),
+            "fold_bn": point.get("batch_norm/fold", self.file.batch_norm.fold[0]),
+        }
+        if epochs == 0:
+            return Recovery(**bn)
+        r = self.file.recovery
+        given: dict[str, Any] = {
+            "lr": r.lr[0],
+            "decay": r.decay[0],
+            "decay_rate": r.decay_rate[0],
+            "adjust_factor": max(r.adjust_factor),
+            "adjust_patience": max(r.adjust_patience),
+            "distill_weight": r.distill_weight[0],
+            "temperature": r.temperature[0],
+            "hint_weight": r.hint_weight[0],
+            "gradient": r.gradient[0],
+        }
+        for parameter in self.recovery_parameters:
+            if parameter.name in point:
+                value = point[parameter.name]
+                chosen = parameter.values[int(value)] if isinstance(parameter, Ordered) else value
+                given[parameter.name.removeprefix("recovery/")] = chosen
+        return Recovery(epochs=epochs, **given, **bn)
+
+    def encode(self, policy: Policy) -> dict[str, Value]:
+        """The point at which `decode` gives `policy` (its recovery parameters only if it trains)."""
+        self.graph.check(policy)
+        schemes = {choice.scheme for choice in policy.layers.values()}
+        known: dict[str, Any] = {
+            "scheme": next(iter(schemes), "symmetric"),
+            "criterion": policy.criterion,
+            "batch_norm/reestimate": policy.recovery.reestimate_bn,
+            "batch_norm/fold": policy.recovery.fold_bn,
+        }
+        for layer, choice in self.graph.choices(policy):
+            known |= {f"bits/{layer.name}": choice.bits, f"sparsity/{layer.name}": choice.sparsity}
+        known |= {f"keep/{name}": policy.keep.get(name, 1.0) for name in self.keep}
+        parameters = self.policy_parameters
+        if policy.recovery.epochs:
+            parameters += self.recovery_parameters
+            known |= {
+                p.name: getattr(policy.recovery, p.name.removeprefix("recovery/")) for p in self.recovery_parameters
+            }
+        return {p.name: _index(p, known[p.name]) if isinstance(p, Ordered) else known[p.name] for p in parameters}
+
+    def uniform(self, bits: int = 32, sparsity: float = 0.0, keep: float = 1.0) -> Policy:
+        """The same choice everywhere, or in each place the allowed one that is nearest to it."""
+        point: dict[str, Value] = {}
+        for name in self.bits:
+            point[f"bits/{name}"] = _nearest(self.bits[name], bits)
+            point[f"sparsity/{name}"] = _nearest(self.sparsity[name], sparsity)
+        point |= {f"keep/{name}": _nearest(ratios, keep) for name, ratios in self.keep.items()}
+        return self.decode(point)
+
+    def smallest(self) -> Policy:
+        """The policy with the fewest bytes and multiply-accumulates: every ordered choice at its first value."""
+        point: dict[str, Value] = {p.name: 0 for p in self.policy_parameters if isinstance(p, Ordered)}
+        if True in self.file.batch_norm.fold:
+            point["batch_norm/fold"] = True
+        if "symmetric" in self.file.layers.scheme:  # an asymmetric grid stores zero points
+            point["scheme"] = "symmetric"
+        return self.decode(point)
+
+    def baselines(self) -> Iterator[Policy]:
+        """Uniform policies from light to heavy, without repeats: where a person would start."""
+        widths = sorted({bits for allowed in self.bits.values() for bits in allowed}, reverse=True)
+        zeros = sorted({s for allowed in self.sparsity.values() for s in allowed})
+        ratios = sorted({r for allowed in self.keep.values() for r in allowed}, reverse=True)
+        candidates = [self.uniform(bits=bits) for bits in widths]
+        candidates += [self.uniform(bits=widths[0], sparsity=s) for s in zeros[1:]]
+        candidates += [self.uniform(bits=widths[0], keep=r) for r in ratios[1:]]
+        candidates.append(self.smallest())
+        yield from dict.fromkeys(candidates)
+
+    def shrink(self, policy: Policy, excess: Callable[[Policy], float], seed: int) -> Policy:
+        """A neighbour of `policy` that fits: random ordered choices step down until `excess` is 0 or less."""
+        point, draw = self.encode(policy), random.Random(seed)
+        movable = [p.name for p in self.policy_parameters if isinstance(p, Ordered) and int(point[p.name]) > 0]
+        while excess(shrunk := self.decode(point, policy.recovery.epochs)) > 0 and movable:
+            name = draw.choice(movable)
+            point[name] = int(point[name]) - 1
+            if point[name] == 0:
+                movable.remove(name)
+        return shrunk
+
+    def with_recovery(self, parent: Policy, point: Mapping[str, Value], epochs: int) -> Policy:
+        """`parent` with `epochs` of the recovery training at `point`."""
+        return replace(parent, recovery=self._recovery(self.encode(parent) | dict(point), epochs))
+
+
+def _at(values: tuple[float, ...], point: Mapping[str, Value], name: str) -> float:
+    return values[int(point.get(name, len(values) - 1))]
+
+
+def _nearest(values: tuple[float, ...], wanted: float) -> int:
+    return min(range(len(values)), key=lambda i: abs(values[i] - wanted))
+
+
+def _index(parameter: Ordered, value: float) -> int:
+    for i, allowed in enumerate(parameter.values):
+        if abs(allowed - value) < 1e-9:
+            return i
+    raise SpaceError(f"{parameter.name} = {value:g} is not in the search space: {list(parameter.values)}")

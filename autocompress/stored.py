@@ -1,0 +1,106 @@
+"""How one tensor is stored: integer codes on an affine grid, halves, floats or raw bytes.
+
+The engine produces these, the scored model is filled from them, and the artifact writes exactly them, so what is
+measured is what ships. Knows nothing about policies or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantised:
+    """value = scale * (code - zero), one scale and zero per slice of dimension 0.
+
+    `codes` uint8 in [0, 2^bits), any shape; `scale` float32 (out,), already exact in the file's 16 bits;
+    `zero` uint8 (out,). `mask` bool, of the same shape as `codes`: False where the weight was pruned, whose code
+    is the zero point; None when nothing was.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    symmetric: bool
+    mask: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """Float32 values."""
+        return _per_row(self.scale, self.codes) * (self.codes.float() - _per_row(self.zero, self.codes))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Half:
+    """Float32 `values` that `round_to_half` maps to themselves; `mask` as in `Quantised`."""
+
+    values: Tensor
+    mask: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """Float32 values."""
+        return self.values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Full:
+    """Float32 `values` as they are; `mask` as in `Quantised`."""
+
+    values: Tensor
+    mask: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """Float32 values."""
+        return self.values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Raw:
+    """Integers and booleans (buffers), byte for byte."""
+
+    values: Tensor
+
+    def dense(self) -> Tensor:
+        """The values."""
+        return self.values
+
+
+Stored = Quantised | Half | Full | Raw
+StoredModel = Mapping[str, Stored]
+"""State-dict name to stored tensor, in the order of the file."""
+
+
+def _per_row(values: Tensor, like: Tensor) -> Tensor:
+    return values.float().reshape(-1, *[1] * (like.ndim - 1))
+
+
+def half_exponent(values: Tensor) -> int:
+    """The power of two by which `values` are multiplied before rounding to half precision.
+
+    It brings the largest magnitude into [2^14, 2^15), so neither large nor tiny tensors leave the format's range.
+    """
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    if largest == 0.0:
+        return 0
+    exponent = int(torch.frexp(torch.tensor(largest, dtype=torch.float64))[1])  # largest = m 2^exponent, m in [.5, 1)
+    return max(-100, min(100, 15 - exponent))
+
+
+def to_half(values: Tensor) -> tuple[Tensor, int]:
+    """Half-precision values and their exponent: `from_half` of both is the stored value."""
+    exponent = half_exponent(values)
+    return (values.double() * 2.0**exponent).half(), exponent
+
+
+def from_half(values: Tensor, exponent: int) -> Tensor:
+    """Float32 values of `to_half`; exact, since only the exponent changes."""
+    return (values.double() * 2.0**-exponent).float()
+
+
+def round_to_half(values: Tensor) -> Tensor:
+    """Float32 values as the file will hold them."""
+    return from_half(*to_half(values))

@@ -1,0 +1,473 @@
+"""Drives a search: controller and runner, journal and resume, budgets, rungs, and the final files of the front.
+
+Rung 0 evaluates one-shot policies. Rung 1 gives recovery training to members of its front, spread along it. Then
+every feasible front member is written, read back, scored again on `val`, and once on `test`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from autocompress.artifact.packed import write
+from autocompress.controllers.base import Controller
+from autocompress.controllers.optuna_samplers import make_controller
+from autocompress.errors import AutocompressError, NothingFits, RunError
+from autocompress.evaluate import Evaluator
+from autocompress.front import Trial, Wish, feasible, front_of, pick
+from autocompress.journal import FILE, Journal
+from autocompress.measure.latency import RUNTIME
+from autocompress.policy import Policy, Recovery
+from autocompress.runners.local import Job, LocalRunner, Runner
+from autocompress.space import Space, SpaceFile, load_space
+from autocompress.task import Task, load_task
+from autocompress.trial import Budget, Evaluation, Limit, Measurement
+
+CONFIG = "config.json"
+MAX_ATTEMPTS = 2
+"""How often a trial may take its process down before it is written off as failed."""
+PATIENCE = 200
+"""Proposals in a row that need no evaluation (known or over budget) after which the space counts as exhausted."""
+_PACKAGES = ("autocompress", "torch", "torch-pruning", "optuna", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that determines a run, besides the task's code and data."""
+
+    task: str
+    budgets: tuple[str, ...] = ()
+    space: str = "default"
+    controller: str = "tpe"
+    trials: int = 60
+    epochs: int = 1
+    seed: int = 0
+    data: str | None = None
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("trials", 1), ("epochs", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if value < low:
+                raise AutocompressError(f"--{name} is {value}; it must be {low} or more")
+        for text in self.budgets:
+            Limit.parse(text)
+
+    def load_task(self) -> Task:
+        """The task, from its built-in name, file or module."""
+        return load_task(
+            self.task,
+            data=Path(self.data) if self.data else None,
+            checkpoint=Path(self.checkpoint) if self.checkpoint else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A glance at a running search. `best` is the best feasible trial so far; `left` seconds, None if unknown."""
+
+    stage: str
+    done: int
+    total: int
+    evaluations: int
+    front: int
+    best: Trial | None
+    seconds: float
+    left: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a search found. `picked` is the best quality within the budget, None if nothing fits."""
+
+    folder: Path
+    budget: Budget
+    dense: Measurement
+    trials: tuple[Trial, ...]
+    front: tuple[Trial, ...]
+    picked: Trial | None
+    evaluations: int
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+
+Watch = Callable[[Progress], None]
+
+
+class Study:
+    """One search on an open journal. `stop()` ends it after the trial in flight."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        evaluator: Evaluator,
+        controller: Controller,
+        runner: Runner,
+        budget: Budget,
+        journal: Journal,
+        folder: Path,
+        *,
+        timeout: float = math.inf,
+        watch: Watch | None = None,
+    ) -> None:
+        self.settings, self.evaluator, self.budget, self.folder = settings, evaluator, budget, folder
+        self._controller, self._runner, self._journal = controller, runner, journal
+        self._watch = watch or (lambda _: None)
+        self._start, self._timeout = time.monotonic(), timeout
+        self._stopped = False
+        self.trials = journal.trials()
+        self._known = {t.evaluation.policy.key(): t for t in self.trials if t.evaluation.status == "ok"}
+        self.warnings: list[str] = []
+        controller.restore(trial.evaluation for trial in self.trials)
+
+    # --- what every stage shares ---
+
+    def stop(self) -> None:
+        """End after the trial in flight."""
+        self._stopped = True
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this process's part of the run."""
+        return time.monotonic() - self._start
+
+    def evaluated(self, rung: int | None = None) -> int:
+        """Trials that were really measured, failures included."""
+        return sum(
+            1
+            for t in self.trials
+            if t.evaluation.status != "infeasible"
+            and t.evaluation.copy_of is None
+            and (rung is None or t.evaluation.rung == rung)
+        )
+
+    def front(self) -> list[Trial]:
+        """Feasible non-dominated trials."""
+        fits = feasible(self.trials, self.budget)
+        return front_of(fits, self.evaluator.task.direction, latency=self.budget.ms is not None)
+
+    def best(self) -> Trial | None:
+        """Best feasible quality."""
+        fits = feasible(self.trials, self.budget)
+        return pick(fits, self.evaluator.task.direction, Wish(), self.budget) if fits else None
+
+    def _report(self, stage: str, done: int, total: int, since: float, before: int) -> None:
+        pace = (time.monotonic() - since) / (done - before) if done > before else None
+        left = None if pace is None else min(pace * (total - done), max(0.0, self._timeout - self.seconds))
+        self._watch(Progress(stage, done, total, self.evaluated(), len(self.front()), self.best(), self.seconds, left))
+
+    def _settle(self, evaluation: Evaluation) -> None:
+        """Write a result, then learn from it."""
+        number = len(self.trials)
+        self._journal.finish(number, evaluation)
+        trial = Trial(number, evaluation)
+        self.trials.append(trial)
+        if evaluation.status == "ok":
+            self._known.setdefault(evaluation.policy.key(), trial)
+        self._controller.tell(evaluation)
+
+    def _needs_running(self, policy: Policy, rung: int) -> bool:
+        """Write that the trial starts; settle it here if it is over budget, known, or fatal to its process."""
+        attempts = self._journal.begin(len(self.trials), policy, rung)
+        predicted = self.evaluator.predict(policy)
+        seed = self.settings.seed
+        if self.budget.static().excess(predicted) > 0:
+            self._settle(Evaluation(policy, seed, rung, "infeasible", predicted))
+        elif policy.key() in self._known:
+            known = self._known[policy.key()]
+            self._settle(replace(known.evaluation, copy_of=known.number, seconds=0.0, rung=rung))
+        elif attempts > MAX_ATTEMPTS:
+            self._settle(
+                Evaluation(policy, seed, rung, "failed", error=f"its process ended {MAX_ATTEMPTS} times while it ran")
+            )
+        else:
+            return True
+        return False
+
+    # --- rungs ---
+
+    def one_shot(self) -> None:
+        """Rung 0: ask, evaluate, tell, until enough trials were evaluated, time is up or the space is exhausted."""
+        limit = self._timeout * (0.5 if self.settings.epochs else 1.0)
+        since, before, total = time.monotonic(), self.evaluated(0), self.settings.trials
+
+        def jobs() -> Iterator[Job]:
+            idle = 0
+            while self.evaluated(0) < total and self.seconds < limit and not self._stopped and idle < PATIENCE:
+                policy = self._controller.ask()
+                idle += 1
+                if self._needs_running(policy, 0):
+                    idle = 0
+                    yield policy, 0, None
+            if idle == PATIENCE:
+                self.warnings.append(f"the search space is exhausted after {self.evaluated(0)} evaluations")
+
+        self._report("searching", before, total, since, before)
+        for evaluation in self._runner.run(jobs()):
+            self._settle(evaluation)
+            self._report("searching", self.evaluated(0), total, since, before)
+
+    def recover(self) -> None:
+        """Rung 1: recovery training for members of the one-shot front."""
+        if not self.settings.epochs or self._stopped:
+            return
+        parents = self._parents()
+        total, done = len(parents), sum(1 for parent in parents if self._was_promoted(parent))
+        since, before = time.monotonic(), done
+        longest = 0.0
+
+        def jobs() -> Iterator[Job]:
+            for parent in parents:
+                if self._was_promoted(parent):
+                    continue
+                if self._stopped or self.seconds + longest > self._timeout:
+                    return
+                policy = self._controller.ask(parent, self.settings.epochs)
+                if self._needs_running(policy, 1):
+                    yield policy, 1, self.folder / artifact_name(len(self.trials))
+
+        if total > done:
+            self._report("recovering", done, total, since, before)
+        for evaluation in self._runner.run(jobs()):
+            longest = max(longest, evaluation.seconds)
+            self._settle(evaluation)
+            done += 1
+            self._report("recovering", done, total, since, before)
+
+    def _parents(self) -> list[Policy]:
+        """One-shot front members to train: one for ten trials, evenly spread from smallest to largest."""
+        shots = [t for t in feasible(self.trials, self.budget) if t.evaluation.rung == 0]
+        members = front_of(shots, self.evaluator.task.direction, latency=self.budget.ms is not None)
+        count = min(len(members), max(2, self.settings.trials // 10))
+        if count < 2:
+            return [t.evaluation.policy for t in members]
+        chosen = {round(i * (len(members) - 1) / (count - 1)): None for i in range(count)}
+        return [members[i].evaluation.policy for i in chosen]
+
+    def _was_promoted(self, parent: Policy) -> bool:
+        trained = (t.evaluation.policy for t in self.trials if t.evaluation.rung == 1)
+        return any(one_shot(policy).key() == parent.key() for policy in trained)
+
+    # --- the end ---
+
+    def finalise(self) -> Outcome:
+        """Write, reload and score every feasible front member; `test` is read once for each, here."""
+        since = time.monotonic()
+        members = self.front()
+        for done, trial in enumerate(members):
+            self._report("writing", done, len(members), since, 0)
+            if not trial.artifact or not (self.folder / trial.artifact).is_file():
+                self._finalise(trial)
+        (self.folder / "policies").mkdir(exist_ok=True)
+        for trial in self.front():
+            path = self.folder / "policies" / f"trial-{trial.number}.json"
+            write(path, (json.dumps(trial.evaluation.policy.to_json(), indent=2) + "\n").encode())
+        self._remove_stale()
+        self._report("done", len(members), len(members), since, 0)
+        return Outcome(
+            self.folder,
+            self.budget,
+            self.evaluator.dense,
+            tuple(self.trials),
+            tuple(self.front()),
+            self.best(),
+            self.evaluated(),
+            self.seconds,
+            tuple(self.warnings),
+        )
+
+    def _finalise(self, trial: Trial) -> None:
+        name = artifact_name(trial.number)
+        path = self.folder / name
+        policy, expected = trial.evaluation.policy, trial.measured
+        if not (policy.recovery.epochs and path.is_file()):
+            compressed, _ = self.evaluator.build(policy)
+            write(path, self.evaluator.pack(compressed, expected.quality))
+        artifact, model = self.evaluator.reload(path)
+        found = self.evaluator.quality(model).score
+        if artifact.bytes != expected.bytes or not math.isclose(found, expected.quality, rel_tol=1e-6, abs_tol=1e-9):
+            self.warnings.append(
+                f"trial {trial.number} measured {expected.bytes:,} bytes and quality {expected.quality:.6f}, but its "
+                f"file {artifact.bytes:,} and {found:.6f}: this machine or its libraries changed during the run"
+            )
+        test = trial.quality_test
+        if math.isnan(test):
+            test = float(self.evaluator.task.score(model, "test"))
+        self._journal.finalise(trial.number, test, name)
+        self.trials[trial.number] = replace(trial, quality_test=test, artifact=name)
+
+    def _remove_stale(self) -> None:
+        """Artifacts of trials that later ones dominate."""
+        current = {trial.artifact for trial in self.front()}
+        for path in (self.folder / "artifacts").glob("trial-*.acz"):
+            if f"artifacts/{path.name}" not in current:
+                path.unlink()
+
+
+def artifact_name(number: int) -> str:
+    """Where a trial's artifact lies in its run folder."""
+    return f"artifacts/trial-{number}.acz"
+
+
+def one_shot(policy: Policy) -> Policy:
+    """`policy` without its recovery training: what rung 0 evaluated."""
+    r = policy.recovery
+    return replace(policy, recovery=Recovery(reestimate_bn=r.reestimate_bn, fold_bn=r.fold_bn))
+
+
+# --- runs -----------------------------------------------------------------------------------------------
+
+
+def search(
+    settings: Settings,
+    folder: Path,
+    *,
+    resume: bool = False,
+    timeout: float = math.inf,
+    command: str = "",
+    watch: Watch | None = None,
+    started: Callable[[Study], None] | None = None,
+) -> Outcome:
+    """Run a search in `folder`, or continue the one that is there.
+
+    `timeout` in seconds bounds this call. `started` gets the `Study` before its first trial, so that a signal
+    handler can stop it. Raises `RunError` if the folder is in the way, absent or of another search, `NothingFits`
+    if no policy of the space can fit, and what loading the task and space raise.
+    """
+    if resume:
+        check_resumable(folder, settings)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} already exists: continue it with --resume {folder}, or give another --out")
+    file = read_config(folder)[1] if resume else load_space(settings.space)
+    dense_ms = _dense_latency(folder) if resume else None
+    evaluator = Evaluator(settings.load_task(), seed=settings.seed, dense_ms=dense_ms)
+    space = Space(file, evaluator.graph)
+    budget = Budget.resolve([Limit.parse(text) for text in settings.budgets], evaluator.dense)
+    _refuse_unreachable(space, evaluator, budget, settings)
+    controller = make_controller(settings.controller, space, budget, evaluator.predict, settings.seed)
+    identity = _identity(evaluator)
+    with ExitStack() as stack:
+        _make(folder, settings, file, command, resume=resume)
+        journal = stack.enter_context(Journal.writing(folder))
+        if resume and journal.fact("identity") not in (None, identity):
+            raise RunError(
+                f"{folder} was searched with another model or data: its task {settings.task!r} now gives "
+                "a different network, weights or validation quality; start a new run with --out"
+            )
+        journal.set_fact("identity", identity)
+        journal.set_fact("dense", asdict(evaluator.dense))
+        journal.set_fact("budget", asdict(budget))
+        journal.set_fact(
+            "layers",
+            [
+                {"name": x.name, "kind": x.kind, "shape": x.shape, "bytes": 4 * math.prod(x.shape)}
+                for x in evaluator.graph.layers
+            ],
+        )
+        study = Study(
+            settings,
+            evaluator,
+            controller,
+            LocalRunner(evaluator),
+            budget,
+            journal,
+            folder,
+            timeout=timeout,
+            watch=watch,
+        )
+        if started is not None:
+            started(study)
+        study.one_shot()
+        study.recover()
+        outcome = study.finalise()
+        journal.set_fact("seconds", (journal.fact("seconds") or 0.0) + outcome.seconds)
+        journal.set_fact("warnings", list(outcome.warnings))
+        return outcome
+
+
+def _refuse_unreachable(space: Space, evaluator: Evaluator, budget: Budget, settings: Settings) -> None:
+    smallest = evaluator.predict(space.smallest())
+    if budget.static().excess(smallest) > 0:
+        raise NothingFits(
+            f"nothing fits {budget}: the smallest policy of the space {settings.space!r} takes {smallest.bytes:,} "
+            f"bytes and {smallest.macs:,} MACs; raise the budget to that, or give a --space with narrower choices"
+        )
+
+
+def _identity(evaluator: Evaluator) -> dict[str, Any]:
+    """What must not change between the parts of a run."""
+    task = evaluator.task
+    return {
+        "task": task.name,
+        "metric": task.metric,
+        "direction": task.direction,
+        "graph": evaluator.graph.fingerprint,
+        "dense_quality": evaluator.dense.quality,
+    }
+
+
+def _make(folder: Path, settings: Settings, file: SpaceFile, command: str, *, resume: bool) -> None:
+    """The run folder with all that determines the run, or the new totals of a continued one."""
+    (folder / "artifacts").mkdir(parents=True, exist_ok=True)
+    config = {
+        "settings": asdict(settings) | {"budgets": list(settings.budgets)},
+        "space": file.model_dump(mode="json"),
+        "latency_runtime": RUNTIME,
+        "command": command if not resume else _config(folder).get("command", command),
+        "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "machine": {"system": platform.platform(), "processor": platform.machine()},
+    }
+    write(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return dict(config)
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{folder} is not a run folder: {CONFIG} cannot be read ({error})") from None
+
+
+def read_config(folder: Path) -> tuple[Settings, SpaceFile, dict[str, Any]]:
+    """Settings, space and the whole of a run's `config.json`. Raises `RunError`."""
+    config = _config(folder)
+    try:
+        values = dict(config["settings"])
+        settings = Settings(**(values | {"budgets": tuple(values["budgets"])}))
+        return settings, SpaceFile.model_validate(config["space"]), config
+    except (KeyError, TypeError, ValueError, AutocompressError) as error:
+        raise RunError(f"{folder / CONFIG} is damaged: {error}") from None
+
+
+def check_resumable(folder: Path, wanted: Settings) -> None:
+    """Raise `RunError` unless `folder` holds a run that `wanted` continues; only totals may differ."""
+    settings, file, _ = read_config(folder)
+    for name in ("task", "budgets", "controller", "epochs", "seed", "data", "checkpoint"):
+        before, now = getattr(settings, name), getattr(wanted, name)
+        if before != now:
+            flag = {"task": "task", "budgets": "--budget"}.get(name, f"--{name}")
+            raise RunError(
+                f"{folder} was searched with {flag} {before!r}, not {now!r}: leave it out to continue, or "
+                "start a new run with --out"
+            )
+    if wanted.space != settings.space or (wanted.space and load_space(wanted.space) != file):
+        raise RunError(
+            f"{folder} was searched with another space than {wanted.space!r} is now: leave --space out to "
+            "continue, or start a new run with --out"
+        )
+
+
+def _dense_latency(folder: Path) -> float | None:
+    if not (folder / FILE).is_file():
+        return None
+    with Journal.reading(folder) as journal:
+        dense = journal.fact("dense")
+    return None if dense is None else float(dense["latency_ms"])

@@ -1,0 +1,69 @@
+"""Puts tensors of any shape into a module in place. Knows nothing about why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.graph import Layer
+
+
+def install(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Make each named parameter or buffer of `model` the given tensor, and its module's sizes agree with it.
+
+    A tensor whose shape is unchanged is copied into place, so that modules that share it go on sharing it.
+    """
+    for name, value in values.items():
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        present = getattr(module, key)
+        if isinstance(present, Tensor) and present.shape == value.shape and present.dtype == value.dtype:
+            with torch.no_grad():
+                present.copy_(value)
+        elif key in module._buffers:
+            module._buffers[key] = value.clone()
+        else:
+            trains = present.requires_grad if isinstance(present, Tensor) else True
+            module._parameters[key] = nn.Parameter(value.clone(), requires_grad=trains and value.is_floating_point())
+        if key in ("weight", "running_mean"):
+            _resize(module, value)
+
+
+def _resize(module: nn.Module, weight: Tensor) -> None:
+    """Sizes that modules keep beside their weights (they check or print them)."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if module.groups > 1 and weight.shape[1] == 1:  # depthwise: a group per channel
+            module.groups = weight.shape[0]
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape[0], weight.shape[1]
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = weight.shape[0]
+    elif hasattr(module, "num_features"):  # batch and instance norms
+        module.num_features = weight.shape[0]  # type: ignore[assignment]
+
+
+def without(model: nn.Module, modules: Iterable[str]) -> None:
+    """Replace each named module by the identity."""
+    for name in modules:
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, nn.Identity())
+
+
+def fold_scale(state: Mapping[str, Tensor], layer: Layer, eps: float) -> tuple[Tensor, Tensor]:
+    """The factor per output channel and the bias that make `layer` do what its batch norm did after it.
+
+    y = (w x + b - mean) gamma / sqrt(var + eps) + beta (Ioffe and Szegedy 2015, section 3.1, at inference).
+    Both results have shape (out,), computed in float64.
+    """
+    norm = layer.batch_norm
+    mean, var = state[f"{norm}.running_mean"].double(), state[f"{norm}.running_var"].double()
+    gamma = state[f"{norm}.weight"].double() if f"{norm}.weight" in state else torch.ones_like(mean)
+    beta = state[f"{norm}.bias"].double() if f"{norm}.bias" in state else torch.zeros_like(mean)
+    bias = state[layer.bias].double() if layer.bias in state else torch.zeros_like(mean)
+    scale = gamma / (var + eps).sqrt()
+    return scale.float(), ((bias - mean) * scale + beta).float()

@@ -1,0 +1,161 @@
+"""What a search asks for and what it learns: budgets, measurements, evaluations. No tensors, no I/O."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from autocompress.errors import BudgetError
+from autocompress.policy import Policy
+
+Status = Literal["ok", "infeasible", "failed"]
+Quantity = Literal["bytes", "ms", "macs"]
+
+_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_MILLISECONDS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
+_MACS = {"macs": 1, "kmacs": 10**3, "mmacs": 10**6, "gmacs": 10**9}
+_SHARES: dict[str, Quantity] = {"size": "bytes", "latency": "ms", "macs": "macs"}
+_HELP = "use bytes (4MB, 900KiB), time (5ms, 800us) or a share of the dense model (size=25%, latency=40%)"
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What a candidate measured. Quality is the task's own metric in its own direction; loss is lower-better."""
+
+    bytes: int
+    macs: int
+    quality: float = math.nan
+    loss: float = math.nan
+    latency_ms: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """One `--budget`: an amount, or (`share`) a fraction of what the dense model needs."""
+
+    quantity: Quantity
+    amount: float
+    share: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.amount) and self.amount > 0):
+            raise BudgetError(f"a budget must be a positive amount, not {self.amount:g}: {_HELP}")
+
+    @classmethod
+    def parse(cls, text: str) -> Limit:
+        """`4MB`, `900KiB`, `5ms`, `800us`, `20MMACs`, `size=25%`, `latency=40%` or `macs=50%`."""
+        found = re.fullmatch(
+            r"\s*(?:(size|latency|macs)\s*=\s*)?([-+]?[\d.]+(?:e[-+]?\d+)?)\s*([%a-zµ]*)\s*", text, re.I
+        )
+        if not found:
+            raise BudgetError(f"cannot read the budget {text!r}: {_HELP}")
+        name, digits, unit = (found[1] or "").lower(), found[2], found[3].lower()
+        try:
+            amount = float(digits)
+        except ValueError:
+            raise BudgetError(f"cannot read the number in the budget {text!r}: {_HELP}") from None
+        if unit == "%" and name:
+            return cls(_SHARES[name], amount / 100, share=True)
+        return cls(*_amount(text, name, amount, unit))
+
+
+def _amount(text: str, name: str, amount: float, unit: str) -> tuple[Quantity, float]:
+    units: dict[Quantity, dict[str, Any]] = {"bytes": _BYTES, "ms": _MILLISECONDS, "macs": _MACS}
+    for quantity, scales in units.items():
+        if unit in scales and _SHARES.get(name, quantity) == quantity:
+            return quantity, amount * scales[unit]
+    raise BudgetError(f"cannot read the unit of the budget {text!r}: {_HELP}")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Hard upper limits on the written artifact; None is no limit."""
+
+    bytes: int | None = None
+    ms: float | None = None
+    macs: int | None = None
+
+    @classmethod
+    def resolve(cls, limits: Sequence[Limit], dense: Measurement) -> Budget:
+        """Amounts for all `limits`; of several on one quantity the tightest holds."""
+        tightest: dict[str, float] = {}
+        reference = {"bytes": dense.bytes, "ms": dense.latency_ms, "macs": dense.macs}
+        for limit in limits:
+            amount = limit.amount * (reference[limit.quantity] if limit.share else 1)
+            tightest[limit.quantity] = min(amount, tightest.get(limit.quantity, math.inf))
+        return cls(
+            bytes=math.floor(tightest["bytes"]) if "bytes" in tightest else None,
+            ms=tightest.get("ms"),
+            macs=math.floor(tightest["macs"]) if "macs" in tightest else None,
+        )
+
+    def excess(self, measured: Measurement) -> float:
+        """The largest share by which a limit is passed; 0 or less fits. A missing latency does not fit."""
+        pairs = [(measured.bytes, self.bytes), (measured.latency_ms, self.ms), (measured.macs, self.macs)]
+        shares = [
+            value / limit - 1 if not math.isnan(value) else math.inf for value, limit in pairs if limit is not None
+        ]
+        return max(shares, default=-1.0)
+
+    def static(self) -> Budget:
+        """The limits that are known exactly before a candidate is built: bytes and MACs."""
+        return Budget(bytes=self.bytes, macs=self.macs)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.bytes:,} bytes" if self.bytes is not None else "",
+            f"{self.ms:.4g} ms" if self.ms is not None else "",
+            f"{self.macs:,} MACs" if self.macs is not None else "",
+        ]
+        return " and ".join(part for part in parts if part) or "no budget"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One candidate with what became of it.
+
+    `infeasible` was refused before it was built, by its exact size. `copy_of` is the trial that measured the same
+    policy before; nothing was measured again.
+    """
+
+    policy: Policy
+    seed: int
+    rung: int
+    status: Status
+    measurement: Measurement | None = None
+    error: str = ""
+    seconds: float = 0.0
+    copy_of: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, NaN as null, without the policy (the journal stores it beside)."""
+        values = (
+            None
+            if self.measurement is None
+            else {
+                name: None if isinstance(value, float) and math.isnan(value) else value
+                for name, value in asdict(self.measurement).items()
+            }
+        )
+        return {
+            "seed": self.seed,
+            "rung": self.rung,
+            "status": self.status,
+            "measurement": values,
+            "error": self.error,
+            "seconds": self.seconds,
+            "copy_of": self.copy_of,
+        }
+
+    @classmethod
+    def from_json(cls, policy: Policy, data: dict[str, Any]) -> Evaluation:
+        """The evaluation that `to_json` wrote for `policy`."""
+        values = data["measurement"]
+        measured = None
+        if values is not None:
+            known: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
+            measured = Measurement(**known)
+        return cls(**(data | {"policy": policy, "measurement": measured}))
