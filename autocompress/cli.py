@@ -226,9 +226,10 @@ def _glance(p: Progress) -> str:
     best = "none yet"
     if p.best is not None:
         best = f"{p.best.measured.quality:.4f} at {p.best.measured.bytes:,} bytes"
+    detail = f" ({p.detail})" if p.detail else ""
     left = "" if p.left is None else f" | about {p.left:.0f} s left"
     return (
-        f"{p.stage} {p.done}/{p.total} | {p.evaluations} evaluations, {p.seconds:.0f} s | "
+        f"{p.stage} {p.done}/{p.total}{detail} | {p.evaluations} evaluations, {p.seconds:.0f} s | "
         f"best in budget: {best} | front {p.front}{left}"
     )
 

@@ -53,6 +53,8 @@ class Journal:
         try:
             with cls._open(folder, "rwc") as journal:
                 journal._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;" + _TABLES)
+                if journal.fact("schema") is None:
+                    journal.set_fact("schema", SCHEMA)
                 journal._check_schema(folder)
                 yield journal
         finally:
@@ -83,9 +85,7 @@ class Journal:
 
     def _check_schema(self, folder: Path) -> None:
         written = self.fact("schema")
-        if written is None:
-            self.set_fact("schema", SCHEMA)
-        elif written != SCHEMA:
+        if written != SCHEMA:
             raise RunError(f"{folder} was written by another version of autocompress (schema {written}); use that one")
 
     # --- facts: small values about the whole run ---

@@ -6,16 +6,21 @@ every feasible front member is written, read back, scored again on `val`, and on
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
+import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from autocompress.artifact.packed import write
 from autocompress.controllers.base import Controller
@@ -82,6 +87,7 @@ class Progress:
     best: Trial | None
     seconds: float
     left: float | None
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +129,8 @@ class Study:
         self._watch = watch or (lambda _: None)
         self._start, self._timeout = time.monotonic(), timeout
         self._stopped = False
+        self._trained = 0.0
+        self._recovering = (0.0, 0, 0)  # when the training in flight began, members done, members in all
         self.trials = journal.trials()
         self._known = {t.evaluation.policy.key(): t for t in self.trials if t.evaluation.status == "ok"}
         self.warnings: list[str] = []
@@ -158,6 +166,28 @@ class Study:
         """Best feasible quality."""
         fits = feasible(self.trials, self.budget)
         return pick(fits, self.evaluator.task.direction, Wish(), self.budget) if fits else None
+
+    def training(self, step: int, total: int) -> None:
+        """Called after each step of a recovery training: says how far it is, at most once a second."""
+        now = time.monotonic()
+        if now - self._trained < 1.0:
+            return
+        self._trained = now
+        begun, done, members = self._recovering
+        left = (now - begun) / step * (total - step + total * (members - done - 1))
+        self._watch(
+            Progress(
+                "recovering",
+                done,
+                members,
+                self.evaluated(),
+                len(self.front()),
+                self.best(),
+                self.seconds,
+                min(left, max(0.0, self._timeout - self.seconds)),
+                f"step {step} of {total}",
+            )
+        )
 
     def _report(self, stage: str, done: int, total: int, since: float, before: int) -> None:
         pace = (time.monotonic() - since) / (done - before) if done > before else None
@@ -232,6 +262,7 @@ class Study:
                     return
                 policy = self._controller.ask(parent, self.settings.epochs)
                 if self._needs_running(policy, 1):
+                    self._recovering = (time.monotonic(), done, total)
                     yield policy, 1, self.folder / artifact_name(len(self.trials))
 
         if total > done:
@@ -372,11 +403,12 @@ def search(
                 for x in evaluator.graph.layers
             ],
         )
+        runner = LocalRunner(lambda policy, rung, keep: evaluator(policy, rung, keep, study.training))
         study = Study(
             settings,
             evaluator,
             controller,
-            LocalRunner(evaluator),
+            runner,
             budget,
             journal,
             folder,
@@ -390,6 +422,8 @@ def search(
         outcome = study.finalise()
         journal.set_fact("seconds", (journal.fact("seconds") or 0.0) + outcome.seconds)
         journal.set_fact("warnings", list(outcome.warnings))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10  # kB to MiB on Linux
+        journal.set_fact("peak_memory_mib", max(peak, journal.fact("peak_memory_mib") or 0))
         return outcome
 
 
@@ -410,8 +444,18 @@ def _identity(evaluator: Evaluator) -> dict[str, Any]:
         "metric": task.metric,
         "direction": task.direction,
         "graph": evaluator.graph.fingerprint,
-        "dense_quality": evaluator.dense.quality,
+        "weights": _digest(evaluator.bench.state),
+        "dense_quality": round(evaluator.dense.quality, 4),
     }
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """Equal for equal weights."""
+    content = hashlib.sha256()
+    for name, value in state.items():
+        content.update(name.encode())
+        content.update(value.contiguous().flatten().view(torch.uint8).numpy().data if value.numel() else b"")
+    return content.hexdigest()[:16]
 
 
 def _make(folder: Path, settings: Settings, file: SpaceFile, command: str, *, resume: bool) -> None:

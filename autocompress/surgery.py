@@ -19,14 +19,17 @@ def install(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)
         present = getattr(module, key)
-        if isinstance(present, Tensor) and present.shape == value.shape and present.dtype == value.dtype:
+        if isinstance(present, Tensor) and present.shape == value.shape:
             with torch.no_grad():
                 present.copy_(value)
-        elif key in module._buffers:
-            module._buffers[key] = value.clone()
+            continue
+        beside = present if isinstance(present, Tensor) else next(module.parameters(recurse=False))
+        own = value.detach().clone().to(beside.device, beside.dtype)
+        if key in module._buffers:
+            module._buffers[key] = own
         else:
-            trains = present.requires_grad if isinstance(present, Tensor) else True
-            module._parameters[key] = nn.Parameter(value.clone(), requires_grad=trains and value.is_floating_point())
+            trains = beside.requires_grad and own.is_floating_point()
+            module._parameters[key] = nn.Parameter(own, requires_grad=trains)
         if key in ("weight", "running_mean"):
             _resize(module, value)
 

@@ -30,6 +30,7 @@ COMPRESSIBLE: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
     nn.Embedding: "embedding",
 }
+_KINDS: tuple[type[nn.Module], ...] = tuple(COMPRESSIBLE)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _PER_CHANNEL = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _TOLERANCE = 1e-3  # of the output's power; float32 noise is about 1e-6, a wrong channel about 1
@@ -58,7 +59,7 @@ def _compressible(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules with a compressible weight, each shared weight once."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        if type(module) in COMPRESSIBLE:
+        if isinstance(module, _KINDS):
             found.setdefault(id(module.weight), (name, module))
     return list(found.values())
 
@@ -81,7 +82,7 @@ def _observe(model: nn.Module, inputs: Any) -> _Calls:
             calls.count[name] += 1
             if isinstance(module, BATCH_NORMS) and id(given[0]) in made_by:
                 calls.normalised_by.setdefault(made_by[id(given[0])], []).append(name)
-            if type(module) in COMPRESSIBLE and isinstance(output, Tensor):
+            if isinstance(module, _KINDS) and isinstance(output, Tensor):
                 made_by[id(output)] = name
                 keep_alive.append(output)
                 calls.output[name] = tuple(output.shape)
@@ -100,7 +101,7 @@ def _observe(model: nn.Module, inputs: Any) -> _Calls:
 
 
 def _layer(name: str, module: nn.Module, calls: _Calls, examples: int) -> Layer:
-    kind = COMPRESSIBLE[type(module)]
+    kind = next(kind for cls, kind in COMPRESSIBLE.items() if isinstance(module, cls))
     weight: Tensor = module.weight  # type: ignore[assignment]
     shape = tuple(weight.shape)
     output = calls.output.get(name, ())

@@ -30,7 +30,7 @@ class Constraint:
 
     def apply(self, weight: Tensor) -> Tensor:
         """The weight as it will be stored; the gradient passes straight through rounding (1308.3432, section 4)."""
-        pruned = weight if self.mask is None else weight * self.mask
+        pruned = weight if self.mask is None else weight * self.mask.to(weight.device)
         if self.grid is None:
             return pruned
         return pruned + (self.grid.decode(self.grid.encode(pruned)) - pruned).detach()

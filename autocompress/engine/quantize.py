@@ -33,7 +33,7 @@ class Grid:
 
     def _rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (weight.ndim - 1))
-        return self.scale.reshape(shape), self.zero.reshape(shape)
+        return self.scale.reshape(shape).to(weight.device), self.zero.reshape(shape).to(weight.device)
 
     def encode(self, weight: Tensor) -> Tensor:
         """Codes, as floats, of the nearest grid points: same shape as `weight` (out, ...)."""

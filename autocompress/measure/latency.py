@@ -6,6 +6,7 @@ times the median ratio: what slows the machine for a while slows both.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class LatencyMeter:
 
     def __init__(self, dense: nn.Module, inputs: Any, dense_ms: float | None = None) -> None:
         """`dense_ms` is the reference of an earlier run that this one continues; None measures it now."""
-        self._dense = dense
+        self._dense = _on_cpu(dense)
         self._inputs = to_device(head(inputs, 1), torch.device("cpu"))
         self._known: dict[Hashable, Latency] = {}
         self.dense = self._reference() if dense_ms is None else dense_ms
@@ -50,7 +51,7 @@ class LatencyMeter:
         """Latency of `model`; with `architecture` given, measured once for all models that share it."""
         if architecture is None or architecture not in self._known:
             with _one_thread(), torch.inference_mode():
-                own, reference = _samples([model, self._dense], self._inputs, SAMPLES)
+                own, reference = _samples([_on_cpu(model), self._dense], self._inputs, SAMPLES)
             ratios = [a / b for a, b in zip(own, reference, strict=True)]
             low, middle, high = quantiles(ratios, n=4)
             measured = Latency(self.dense * middle, self.dense * low, self.dense * high, SAMPLES)
@@ -70,6 +71,12 @@ def _samples(models: list[nn.Module], inputs: Any, count: int) -> list[list[floa
             if sample >= 0:
                 times[i].append((time.thread_time_ns() - start) / 1e6)
     return times
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """`model` itself, or a copy of one that lives on another device."""
+    away = any(p.device.type != "cpu" for p in model.parameters())
+    return copy.deepcopy(model).cpu() if away else model
 
 
 class _one_thread:  # noqa: N801 (used as a statement)

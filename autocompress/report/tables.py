@@ -46,6 +46,7 @@ class Run:
     direction: str
     layers: Sequence[dict[str, Any]]
     seconds: float
+    peak_memory_mib: int | None
     warnings: Sequence[str]
 
     @classmethod
@@ -70,6 +71,7 @@ class Run:
                 facts["identity"]["direction"],
                 facts["layers"],
                 journal.fact("seconds") or 0.0,
+                journal.fact("peak_memory_mib"),
                 journal.fact("warnings") or (),
             )
 
@@ -138,6 +140,7 @@ def summary(run: Run) -> dict[str, Any]:
                 "evaluations": run.evaluations,
                 "failed": sum(t.evaluation.status == "failed" for t in run.trials),
                 "seconds": round(run.seconds, 3),
+                "peak_memory_mib": run.peak_memory_mib,
                 "budget": {"bytes": run.budget.bytes, "latency_ms": run.budget.ms, "macs": run.budget.macs},
                 "dense": {
                     "quality_val": run.dense.quality,

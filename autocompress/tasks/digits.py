@@ -81,7 +81,9 @@ def _split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def digits() -> ClassificationTask:
     """The built-in task; the first call trains the network and caches it."""
     data = _split()
-    return ClassificationTask(trained, data["train"], data["val"], data["test"], name="digits", augment=shift)
+    return ClassificationTask(
+        trained, data["train"], data["val"], data["test"], name="digits", batch_size=32, augment=shift
+    )
 
 
 def architecture() -> nn.Module:
