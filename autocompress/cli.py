@@ -375,7 +375,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the artifact of one trial; without a choice, of the run's pick."""
-    from autocompress.artifact.packed import read, write
+    from autocompress.artifact.packed import read
+    from autocompress.files import write
     from autocompress.front import pick
     from autocompress.report.tables import Run
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import nn
 
-from autocompress.artifact.packed import Artifact, build, pack, read, write
+from autocompress.artifact.packed import Artifact, build, pack, read
 from autocompress.engine import Compressed, Progress, Workbench, compress
 from autocompress.errors import PolicyError
+from autocompress.files import write
 from autocompress.measure.latency import LatencyMeter
 from autocompress.measure.quality import QualityMeter
 from autocompress.measure.size import Size

@@ -38,24 +38,26 @@ class Layer:
     @property
     def weight(self) -> str:
         """The weight's name in the state dict."""
-        return f"{self.name}.weight"
+        return f"{self.name}.weight" if self.name else "weight"
 
     @property
     def bias(self) -> str:
         """The bias's name in the state dict; it exists if `has_bias`, or after folding."""
-        return f"{self.name}.bias"
+        return f"{self.name}.bias" if self.name else "bias"
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
     """A tensor dimension that a group's channels run along.
 
-    Channel c of the group owns the indices `c`-th tuple of `index` along `dim` (several for a flattened map).
+    Channel c of the group owns the indices in the c-th tuple of `index` along `dim` (several for a flattened map).
+    `reads` is set for the weights that take these channels in.
     """
 
     tensor: str
     dim: int
     index: tuple[tuple[int, ...], ...]
+    reads: bool = False
 
     @property
     def per_channel(self) -> int:
@@ -77,17 +79,20 @@ class Group:
     @property
     def producers(self) -> tuple[Member, ...]:
         """Weights whose output channels these are."""
-        return tuple(m for m in self.members if m.dim == 0 and m.tensor.endswith(".weight"))
+        return tuple(m for m in self.members if not m.reads and m.tensor.endswith(".weight"))
 
     @property
     def consumers(self) -> tuple[Member, ...]:
         """Weights that read these channels."""
-        return tuple(m for m in self.members if m.dim == 1)
+        return tuple(m for m in self.members if m.reads)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """`tensors` maps every state-dict name that an artifact must hold to shape and dtype name."""
+    """`tensors` maps every state-dict name that an artifact must hold to shape and dtype name.
+
+    The dtype `exact` stands for floats that 16 bits cannot hold (infinities in a mask, say).
+    """
 
     layers: tuple[Layer, ...]
     groups: tuple[Group, ...]
@@ -110,6 +115,11 @@ class Graph:
         """Equal for equal architectures; guards runs and artifacts against another model."""
         text = repr((self.layers, self.groups, sorted(self.tensors.items())))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def shapes_fingerprint(self) -> str:
+        """Equal for models whose dense tensors have equal names and shapes; what an artifact is matched by."""
+        return tensors_fingerprint(self.tensors)
 
     def check(self, policy: Policy) -> None:
         """Raise `PolicyError` if `policy` names a layer or group that is not here, or prunes a frozen group."""
@@ -169,3 +179,9 @@ class Graph:
         dense = LayerChoice()
         for layer in self.layers:
             yield layer, policy.layers.get(layer.name, dense)
+
+
+def tensors_fingerprint(tensors: Mapping[str, tuple[Shape, str]]) -> str:
+    """16 hexadecimal digits that stand for names and shapes."""
+    text = repr(sorted((name, tuple(shape)) for name, (shape, _) in tensors.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

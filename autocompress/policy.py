@@ -29,6 +29,18 @@ def _require(condition: bool, what: str, given: object, required: str) -> None:
         raise PolicyError(f"{what} is {given!r}; it must be {required}")
 
 
+def _canonical(choice: LayerChoice | Recovery) -> None:
+    """Check each field's type, and make whole numbers floats and -0 zero, so that equal choices have equal keys."""
+    for field_ in fields(choice):
+        value, kind = getattr(choice, field_.name), type(field_.default)
+        if kind is float:
+            number = _number(field_.name, value)
+            _require(math.isfinite(number), field_.name, value, "finite")
+            object.__setattr__(choice, field_.name, number + 0.0)
+        else:
+            _require(type(value) is kind, field_.name, value, f"of type {kind.__name__}")
+
+
 def _one_of(what: str, given: str, kind: Any) -> None:
     allowed = get_args(kind)
     _require(given in allowed, what, given, "one of " + ", ".join(allowed))
@@ -43,6 +55,7 @@ class LayerChoice:
     scheme: Scheme = "symmetric"
 
     def __post_init__(self) -> None:
+        _canonical(self)
         _require(self.bits in BITS, "bits", self.bits, f"one of {BITS}")
         _require(0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "in [0, 1)")
         _one_of("scheme", self.scheme, Scheme)
@@ -75,6 +88,7 @@ class Recovery:
     fold_bn: bool = True
 
     def __post_init__(self) -> None:
+        _canonical(self)
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         _require(0.0 < self.lr <= 10.0, "lr", self.lr, "in (0, 10]")
         _one_of("decay", self.decay, Decay)
@@ -82,8 +96,8 @@ class Recovery:
         _require(0.0 < self.adjust_factor <= 1.0, "adjust_factor", self.adjust_factor, "in (0, 1]")
         _require(self.adjust_patience >= 0, "adjust_patience", self.adjust_patience, "0 or more")
         _require(0.0 <= self.distill_weight <= 1.0, "distill_weight", self.distill_weight, "in [0, 1]")
-        _require(self.temperature > 0.0, "temperature", self.temperature, "above 0")
-        _require(self.hint_weight >= 0.0, "hint_weight", self.hint_weight, "0 or more")
+        _require(0.0 < self.temperature <= 1e6, "temperature", self.temperature, "in (0, 1e6]")
+        _require(0.0 <= self.hint_weight <= 1e6, "hint_weight", self.hint_weight, "in [0, 1e6]")
         _one_of("gradient", self.gradient, Gradient)
 
 
@@ -100,6 +114,7 @@ class Policy:
     recovery: Recovery = field(default_factory=Recovery)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", {name: _number(f"keep.{name}", ratio) for name, ratio in self.keep.items()})
         for group, ratio in self.keep.items():
             _require(0.0 < ratio <= 1.0, f"keep ratio of {group}", ratio, "in (0, 1]")
         _one_of("criterion", self.criterion, Criterion)
@@ -158,7 +173,10 @@ def _record(what: str, data: Any, allowed: set[str] | None) -> dict[str, Any]:
 def _number(what: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise PolicyError(f"{what} must be a number, not {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise PolicyError(f"{what} is too large for a number") from None
 
 
 def _typed(kind: type[LayerChoice] | type[Recovery], what: str, data: Any) -> dict[str, Any]:

@@ -9,17 +9,19 @@ import difflib
 import fnmatch
 import random
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from autocompress.artifact.layout import weight_entry
 from autocompress.errors import SpaceError
-from autocompress.graph import Graph
+from autocompress.graph import Graph, Layer, Shape
 from autocompress.policy import BITS, Criterion, Decay, Gradient, LayerChoice, Policy, Recovery, Scheme
 
 Value = int | float | str | bool
@@ -27,7 +29,7 @@ Value = int | float | str | bool
 
 @dataclass(frozen=True, slots=True)
 class Ordered:
-    """A choice among numbers, cheapest artifact first, so that one step down never adds bytes."""
+    """A choice among numbers, the one that usually costs fewest bytes first."""
 
     name: str
     values: tuple[float, ...]
@@ -74,12 +76,14 @@ Bits = Annotated[list[int], Field(min_length=1), AfterValidator(_known_bits)]
 Sparsities = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)]
 Ratios = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
 Share = Annotated[list[Annotated[float, Field(ge=0, le=1)]], AfterValidator(_rising)]
-Positive = Annotated[list[Annotated[float, Field(gt=0)]], AfterValidator(_rising)]
+Rate = Annotated[list[Annotated[float, Field(gt=0, le=10)]], AfterValidator(_rising)]
+Temperature = Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], AfterValidator(_rising)]
+HintWeight = Annotated[list[Annotated[float, Field(ge=0, le=1e6)]], AfterValidator(_rising)]
 PositiveShare = Annotated[list[Annotated[float, Field(gt=0, le=1)]], AfterValidator(_rising)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class LayerSection(_Section):
@@ -108,14 +112,14 @@ class BatchNormSection(_Section):
 class RecoverySection(_Section):
     """`[recovery]`: ranges of the recovery training."""
 
-    lr: Positive = [0.02, 0.02]
+    lr: Rate = [0.02, 0.02]
     decay: Annotated[list[Decay], Field(min_length=1)] = ["cosine"]
     decay_rate: PositiveShare = [0.01, 0.01]
     adjust_factor: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1.0]
     adjust_patience: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [2]
     distill_weight: Share = [0.9, 0.9]
-    temperature: Positive = [4.0, 4.0]
-    hint_weight: Annotated[list[Annotated[float, Field(ge=0)]], AfterValidator(_rising)] = [0.0, 0.0]
+    temperature: Temperature = [4.0, 4.0]
+    hint_weight: HintWeight = [0.0, 0.0]
     gradient: Annotated[list[Gradient], Field(min_length=1)] = ["none"]
 
 
@@ -240,11 +244,11 @@ class Space:
             found.append(Ordered(f"bits/{layer.name}", self.bits[layer.name]))
             found.append(Ordered(f"sparsity/{layer.name}", self.sparsity[layer.name]))
         found += [Ordered(f"keep/{name}", ratios) for name, ratios in self.keep.items()]
-        found.append(Categorical("scheme", tuple(self.file.layers.scheme)))
+        found.append(Categorical("scheme", _distinct(self.file.layers.scheme)))
         if any(len(ratios) > 1 for ratios in self.keep.values()):
-            found.append(Categorical("criterion", tuple(self.file.channels.criterion)))
-        found.append(Categorical("batch_norm/reestimate", tuple(self.file.batch_norm.reestimate)))
-        found.append(Categorical("batch_norm/fold", tuple(self.file.batch_norm.fold)))
+            found.append(Categorical("criterion", _distinct(self.file.channels.criterion)))
+        found.append(Categorical("batch_norm/reestimate", _distinct(self.file.batch_norm.reestimate)))
+        found.append(Categorical("batch_norm/fold", _distinct(self.file.batch_norm.fold)))
         return tuple(p for p in found if not isinstance(p, Real) and len(p.values) > 1)
 
     @cached_property
@@ -253,14 +257,14 @@ class Space:
         r = self.file.recovery
         found: list[Parameter] = [
             Real("recovery/lr", r.lr[0], r.lr[1], log=True),
-            Categorical("recovery/decay", tuple(r.decay)),
+            Categorical("recovery/decay", _distinct(r.decay)),
             Real("recovery/decay_rate", r.decay_rate[0], r.decay_rate[1], log=True),
             Ordered("recovery/adjust_factor", tuple(sorted(set(r.adjust_factor)))),
             Ordered("recovery/adjust_patience", tuple(sorted(set(r.adjust_patience)))),
             Real("recovery/distill_weight", r.distill_weight[0], r.distill_weight[1]),
             Real("recovery/temperature", r.temperature[0], r.temperature[1], log=True),
             Real("recovery/hint_weight", r.hint_weight[0], r.hint_weight[1]),
-            Categorical("recovery/gradient", tuple(r.gradient)),
+            Categorical("recovery/gradient", _distinct(r.gradient)),
         ]
         return tuple(p for p in found if (p.low < p.high if isinstance(p, Real) else len(p.values) > 1))
 
@@ -335,13 +339,30 @@ class Space:
         return self.decode(point)
 
     def smallest(self) -> Policy:
-        """The policy with the fewest bytes and multiply-accumulates: every ordered choice at its first value."""
-        point: dict[str, Value] = {p.name: 0 for p in self.policy_parameters if isinstance(p, Ordered)}
+        """The policy with the fewest bytes and multiply-accumulates.
+
+        Narrower is not always smaller: a weight with short rows pays more for scales than it saves on bits.
+        """
+        point: dict[str, Value] = {f"keep/{name}": 0 for name in self.keep}
+        shapes = self.graph.shapes(self.decode(point))
+        for layer in self.graph.layers:
+            point[f"bits/{layer.name}"], point[f"sparsity/{layer.name}"] = self._cheapest(layer, shapes[layer.weight])
         if True in self.file.batch_norm.fold:
             point["batch_norm/fold"] = True
         if "symmetric" in self.file.layers.scheme:  # an asymmetric grid stores zero points
             point["scheme"] = "symmetric"
         return self.decode(point)
+
+    def _cheapest(self, layer: Layer, shape: Shape) -> tuple[int, int]:
+        """Indices of the bits and sparsity that store this weight in fewest bytes; the first of equals."""
+
+        def size(pair: tuple[int, int]) -> int:
+            choice = LayerChoice(int(self.bits[layer.name][pair[0]]), self.sparsity[layer.name][pair[1]])
+            count = prod(shape)
+            return weight_entry(layer.weight, shape, choice, count - choice.zeros(count)).nbytes
+
+        pairs = [(b, s) for b in range(len(self.bits[layer.name])) for s in range(len(self.sparsity[layer.name]))]
+        return min(pairs, key=size)
 
     def baselines(self) -> Iterator[Policy]:
         """Uniform policies from light to heavy, without repeats: where a person would start."""
@@ -355,7 +376,10 @@ class Space:
         yield from dict.fromkeys(candidates)
 
     def shrink(self, policy: Policy, excess: Callable[[Policy], float], seed: int) -> Policy:
-        """A neighbour of `policy` that fits: random ordered choices step down until `excess` is 0 or less."""
+        """A neighbour of `policy` that fits: random ordered choices step down until `excess` is 0 or less.
+
+        Where that ends too large, the smallest policy.
+        """
         point, draw = self.encode(policy), random.Random(seed)
         movable = [p.name for p in self.policy_parameters if isinstance(p, Ordered) and int(point[p.name]) > 0]
         while excess(shrunk := self.decode(point, policy.recovery.epochs)) > 0 and movable:
@@ -363,7 +387,7 @@ class Space:
             point[name] = int(point[name]) - 1
             if point[name] == 0:
                 movable.remove(name)
-        return shrunk
+        return shrunk if excess(shrunk) <= 0 else self.smallest()
 
     def with_recovery(self, parent: Policy, point: Mapping[str, Value], epochs: int) -> Policy:
         """`parent` with `epochs` of the recovery training at `point`."""
@@ -372,6 +396,10 @@ class Space:
 
 def _at(values: tuple[float, ...], point: Mapping[str, Value], name: str) -> float:
     return values[int(point.get(name, len(values) - 1))]
+
+
+def _distinct(values: Sequence[Value]) -> tuple[Value, ...]:
+    return tuple(dict.fromkeys(values))
 
 
 def _nearest(values: tuple[float, ...], wanted: float) -> int:

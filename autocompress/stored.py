@@ -78,16 +78,23 @@ def _per_row(values: Tensor, like: Tensor) -> Tensor:
     return values.float().reshape(-1, *[1] * (like.ndim - 1))
 
 
+MAX_EXPONENT = 160
+"""Largest power of two, up or down, by which a section of halves is scaled."""
+
+
 def half_exponent(values: Tensor) -> int:
     """The power of two by which `values` are multiplied before rounding to half precision.
 
-    It brings the largest magnitude into [2^14, 2^15), so neither large nor tiny tensors leave the format's range.
+    It brings the largest magnitude, rounded, into [2^14, 2^15), so neither large nor tiny tensors leave the format's range.
     """
     largest = float(values.abs().max()) if values.numel() else 0.0
     if largest == 0.0:
         return 0
     exponent = int(torch.frexp(torch.tensor(largest, dtype=torch.float64))[1])  # largest = m 2^exponent, m in [.5, 1)
-    return max(-100, min(100, 15 - exponent))
+    exponent = max(-MAX_EXPONENT, min(MAX_EXPONENT, 15 - exponent))
+    scaled = torch.tensor(largest * 2.0**exponent, dtype=torch.float64)
+    rounds_up = float(scaled.half()) == 2.0**15
+    return exponent - 1 if rounds_up else exponent  # so that what is read back keeps its exponent
 
 
 def to_half(values: Tensor) -> tuple[Tensor, int]:

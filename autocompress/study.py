@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autocompress.artifact.packed import write
 from autocompress.controllers.base import Controller
 from autocompress.controllers.optuna_samplers import make_controller
 from autocompress.errors import AutocompressError, NothingFits, RunError
 from autocompress.evaluate import Evaluator
+from autocompress.files import write
 from autocompress.front import Trial, Wish, feasible, front_of, pick
 from autocompress.journal import FILE, Journal
 from autocompress.measure.latency import RUNTIME

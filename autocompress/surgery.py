@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from autocompress.graph import Layer
+from autocompress.graph import Layer, Shape
+from autocompress.stored import round_to_half
 
 
 def install(model: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -37,7 +38,9 @@ def install(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 def _resize(module: nn.Module, weight: Tensor) -> None:
     """Sizes that modules keep beside their weights (they check or print them)."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        if module.groups > 1 and weight.shape[1] == 1:  # depthwise: a group per channel
+        # remembered on the module: a depthwise layer that once shrank to one channel looks like any other
+        depthwise = module.__dict__.setdefault("_depthwise", module.groups > 1 and module.groups == module.in_channels)
+        if depthwise:
             module.groups = weight.shape[0]
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
@@ -51,10 +54,32 @@ def _resize(module: nn.Module, weight: Tensor) -> None:
 
 
 def without(model: nn.Module, modules: Iterable[str]) -> None:
-    """Replace each named module by the identity."""
-    for name in modules:
+    """Replace each named module by the identity, under every name it has."""
+    gone = {id(model.get_submodule(name)) for name in modules}
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if id(module) in gone]
+    for name in names:
         owner, _, key = name.rpartition(".")
         setattr(model.get_submodule(owner), key, nn.Identity())
+
+
+def tensors_of(model: nn.Module) -> dict[str, tuple[Shape, str]]:
+    """Every tensor of the state that must be stored, with shape and dtype name (see `Graph.tensors`).
+
+    Tensors with several names appear once; step counters of batch norms are left out.
+    """
+    found, seen = {}, set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor) or id(value) in seen or name.endswith(".num_batches_tracked"):
+            continue
+        seen.add(id(value))
+        found[name] = tuple(value.shape), _dtype(value)
+    return found
+
+
+def _dtype(value: Tensor) -> str:
+    if value.is_floating_point() and not bool(torch.isfinite(round_to_half(value.detach().float().cpu())).all()):
+        return "exact"
+    return str(value.dtype).removeprefix("torch.")
 
 
 def fold_scale(state: Mapping[str, Tensor], layer: Layer, eps: float) -> tuple[Tensor, Tensor]:

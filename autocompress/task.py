@@ -95,22 +95,42 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def head(value: Any, count: int) -> Any:
-    """The first `count` examples of batched inputs."""
-    if isinstance(value, Tensor):
-        return value[:count] if value.ndim else value
-    if isinstance(value, Mapping):
-        return {key: head(item, count) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(head(item, count) for item in value)
-    return value
+    """The first `count` examples of batched inputs: tensors as long as the batch are cut, others stay whole."""
+    batch = length(value)
+
+    def cut(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item[:count] if item.ndim and len(item) == batch else item
+        if isinstance(item, Mapping):
+            return {key: cut(part) for key, part in item.items()}
+        if isinstance(item, tuple | list):
+            return tuple(cut(part) for part in item)
+        return item
+
+    return cut(value)
+
+
+def few(model: nn.Module, inputs: Any, count: int) -> Any:
+    """`head(inputs, count)` if `model` runs on that, else all inputs: not every model takes a smaller batch."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    smaller = to_device(head(inputs, count), device)
+    try:
+        with torch.no_grad():
+            call(model, smaller)
+        return smaller
+    except Exception:  # whatever a model raises when shapes do not suit it
+        return to_device(inputs, device)
 
 
 def length(inputs: Any) -> int:
-    """Number of examples in the inputs of a batch."""
+    """Number of examples in the inputs of a batch: the length of its first tensor."""
     if isinstance(inputs, Tensor):
         return len(inputs) if inputs.ndim else 1
+    if not isinstance(inputs, Mapping | tuple | list):
+        return 1
     values = list(inputs.values()) if isinstance(inputs, Mapping) else list(inputs)
-    return max((length(value) for value in values if isinstance(value, Tensor | Mapping | tuple | list)), default=1)
+    nested = (value for value in values if isinstance(value, Tensor | Mapping | tuple | list))
+    return next((length(value) for value in nested), 1)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -210,7 +230,7 @@ class _ArrayTask:
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """From stored inputs to what the model takes; a subclass may normalise here."""
-        return inputs.float() if not inputs.is_floating_point() and inputs.dtype == torch.uint8 else inputs
+        return inputs.float() if inputs.dtype in (torch.uint8, torch.float64) else inputs
 
     def outputs(self, model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
         """The model's first output tensor for all of `split`, and the targets."""
@@ -336,8 +356,9 @@ def load_task(spec: str, *, data: Path | None = None, checkpoint: Path | None = 
 
 
 def _as_task(spec: str, named: Any) -> Task:
-    task = named if isinstance(named, Task) else _guarded(spec, named) if callable(named) else named
-    if isinstance(task, Task):
+    ready = isinstance(named, Task) and not isinstance(named, type)
+    task = _guarded(spec, named) if not ready and callable(named) else named
+    if isinstance(task, Task) and not isinstance(task, type):
         if task.direction not in ("max", "min"):
             raise TaskError(f"{spec}: direction is {task.direction!r}; it must be 'max' or 'min'")
         return task
@@ -351,13 +372,14 @@ def _import(where: str) -> Any:
     path = Path(where).resolve()
     if not path.is_file():
         raise TaskError(f"no task file {where}: check the path, or write one with `autocompress init {where}`")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"autocompress_task_{path.stem}"  # its own name could be a library's
+    module_spec = importlib.util.spec_from_file_location(name, path)
     if module_spec is None or module_spec.loader is None:
         raise TaskError(f"cannot import {where} as Python")
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))  # a task file may import its neighbours
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     module_spec.loader.exec_module(module)
     return module
 
@@ -368,10 +390,11 @@ def _guarded(spec: str, action: Callable[[], Any]) -> Any:
         return action()
     except AutocompressError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-        raise TaskError(f"{spec} raised {type(error).__name__}: {error}{where}") from error
+        said = " ".join(str(error).split())
+        raise TaskError(f"{spec} raised {type(error).__name__}: {said}{where}") from error
 
 
 def probe(task: Task) -> tuple[nn.Module, Batch]:

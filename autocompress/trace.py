@@ -8,6 +8,7 @@ fails is frozen with the reason, so that no later stage can break the model. Cho
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,9 +20,9 @@ import torch_pruning
 from torch import Tensor, nn
 
 from autocompress.errors import TaskError
-from autocompress.graph import Graph, Group, Layer, Member, Shape
-from autocompress.surgery import fold_scale, install, without
-from autocompress.task import call, head, tensors
+from autocompress.graph import Graph, Group, Layer, Member
+from autocompress.surgery import fold_scale, install, tensors_of, without
+from autocompress.task import call, few, length, tensors
 
 COMPRESSIBLE: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
@@ -42,14 +43,35 @@ def trace(model: nn.Module, inputs: Any, examples: int = 4) -> Graph:
     Raises `TaskError` if nothing in the model can be compressed.
     """
     model = copy.deepcopy(model).eval()
-    inputs = head(inputs, examples)
+    inputs = few(model, inputs, examples)
     calls = _observe(model, inputs)
-    layers = tuple(_layer(name, module, calls, examples) for name, module in _compressible(model))
+    layers = tuple(_layer(name, module, model, calls, length(inputs)) for name, module in _compressible(model))
     if not layers:
         raise TaskError("the model has no Conv1d/2d/3d, Linear or Embedding weight, so there is nothing to compress")
-    layers = _verified_folds(model, inputs, layers)
-    groups, notes = _groups(model, inputs, calls)
-    return Graph(layers, groups, _tensors(model), _dense_bytes(model), notes)
+    exact, exact_inputs = _in_double(model, inputs)
+    layers = _verified_folds(exact, exact_inputs, layers)
+    groups, notes = _groups(exact, exact_inputs, calls)
+    return Graph(layers, groups, tensors_of(model), _dense_bytes(model), (*_computed_weights(model), *notes))
+
+
+def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
+    """Model and inputs in double precision, where a wrong channel cannot hide in rounding; as they are if that fails."""
+    exact, wide = copy.deepcopy(model).double(), _doubled(inputs)
+    try:
+        _run(exact, wide)
+        return exact, wide
+    except Exception:  # the model's code insists on its own precision
+        return model, inputs
+
+
+def _doubled(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: _doubled(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_doubled(item) for item in value)
+    return value
 
 
 # --- layers ---------------------------------------------------------------------------------------------
@@ -59,33 +81,43 @@ def _compressible(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules with a compressible weight, each shared weight once."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, _KINDS):
+        if isinstance(module, _KINDS) and "weight" in module._parameters:
             found.setdefault(id(module.weight), (name, module))
     return list(found.values())
 
 
+def _computed_weights(model: nn.Module) -> list[str]:
+    """Notes about layers whose weight is the result of a computation (weight norm, say)."""
+    return [
+        f"{name} is left as it is: its weight is computed by a parametrization; remove that to compress the layer"
+        for name, module in model.named_modules()
+        if isinstance(module, _KINDS) and "weight" not in module._parameters
+    ]
+
+
 class _Calls:
-    """What one forward pass showed: calls and output size per module, and whose output fed which norm."""
+    """What one forward pass showed: calls and output values per module, and whose output fed which norm."""
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
-        self.output: dict[str, Shape] = {}
+        self.outputs: Counter[str] = Counter()
         self.normalised_by: dict[str, list[str]] = {}
 
 
 def _observe(model: nn.Module, inputs: Any) -> _Calls:
-    calls, made_by, handles = _Calls(), {}, []  # type: ignore[var-annotated]
-    keep_alive: list[Any] = []  # an id() names a tensor only while it lives
+    calls, handles = _Calls(), []
+    made_by: dict[int, str] = {}
+    keep_alive: list[Tensor] = []  # an id() names a tensor only while it lives
 
     def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def record(module: nn.Module, given: Any, output: Any) -> None:
             calls.count[name] += 1
-            if isinstance(module, BATCH_NORMS) and id(given[0]) in made_by:
+            if isinstance(module, BATCH_NORMS) and given and id(given[0]) in made_by:
                 calls.normalised_by.setdefault(made_by[id(given[0])], []).append(name)
             if isinstance(module, _KINDS) and isinstance(output, Tensor):
                 made_by[id(output)] = name
                 keep_alive.append(output)
-                calls.output[name] = tuple(output.shape)
+                calls.outputs[name] += output.numel()
 
         return record
 
@@ -100,27 +132,34 @@ def _observe(model: nn.Module, inputs: Any) -> _Calls:
     return calls
 
 
-def _layer(name: str, module: nn.Module, calls: _Calls, examples: int) -> Layer:
+def _layer(name: str, module: nn.Module, model: nn.Module, calls: _Calls, examples: int) -> Layer:
     kind = next(kind for cls, kind in COMPRESSIBLE.items() if isinstance(module, cls))
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = module._parameters["weight"]
+    assert weight is not None
     shape = tuple(weight.shape)
-    output = calls.output.get(name, ())
-    batch = output[0] if output else examples
-    numel = 1
-    for size in output:
-        numel *= size
-    positions = 0 if kind == "embedding" else calls.count[name] * numel // max(1, batch * shape[0])
     norms = calls.normalised_by.get(name, [])
-    alone = len(norms) == 1 and calls.count[name] == calls.count[norms[0]] == 1
+    alone = kind != "embedding" and len(norms) == 1 and calls.count[name] == calls.count[norms[0]] == 1
+    if alone and getattr(model.get_submodule(norms[0]), "num_features", None) != shape[0]:
+        alone = False
     return Layer(
         name,
         kind,
         shape,
         getattr(module, "groups", 1),
-        positions,
+        _positions(model, weight, calls, examples),
         getattr(module, "bias", None) is not None,
         norms[0] if alone else None,
     )
+
+
+def _positions(model: nn.Module, weight: Tensor, calls: _Calls, examples: int) -> int:
+    """How often `weight` is multiplied for one input, over all modules that share it; looking up is not multiplying."""
+    outputs = sum(
+        calls.outputs[name]
+        for name, module in model.named_modules()
+        if module._parameters.get("weight") is weight and not isinstance(module, nn.Embedding)
+    )
+    return outputs // (max(1, examples) * weight.shape[0])
 
 
 def _verified_folds(model: nn.Module, inputs: Any, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
@@ -146,7 +185,10 @@ def _fold_is_exact(model: nn.Module, inputs: Any, layers: list[Layer]) -> bool:
         weight = state[layer.weight] * scale.reshape(-1, *[1] * (len(layer.shape) - 1))
         install(folded, {layer.weight: weight, layer.bias: bias})
     without(folded, [layer.batch_norm for layer in layers if layer.batch_norm])
-    return _distance(_run(folded, inputs), _run(model, inputs)) < _TOLERANCE
+    try:
+        return _distance(_run(folded, inputs), _run(model, inputs)) < _TOLERANCE
+    except Exception:  # the model asks its norm for more than a call
+        return False
 
 
 # --- coupling groups ------------------------------------------------------------------------------------
@@ -154,13 +196,14 @@ def _fold_is_exact(model: nn.Module, inputs: Any, layers: list[Layer]) -> bool:
 
 def _groups(model: nn.Module, inputs: Any, calls: _Calls) -> tuple[tuple[Group, ...], tuple[str, ...]]:
     """All channel groups, frozen ones included, and notes about what could not be traced."""
+    names = {id(module): name for name, module in model.named_modules()}
     try:
-        found = list(_dependency_groups(model, inputs))
+        groups = [_describe(group, names) for group in _dependency_groups(model, inputs)]
     except Exception as error:  # any model may be beyond the tracer; compression of weights still works
         first = str(error).splitlines()[0] if str(error) else ""
         return (), (f"no channels can be pruned: the dependency tracer failed ({type(error).__name__}: {first})",)
-    names = {id(module): name for name, module in model.named_modules()}
-    groups = [_describe(group, names) for group in found]
+    if not groups:
+        return (), ("no channels can be pruned: the outputs are detached from the weights, so nothing can be traced",)
     owners = Counter((m.tensor, m.dim, i) for g in groups for m in g.members for c in m.index for i in c)
     checked = []
     for group in groups:
@@ -208,7 +251,8 @@ def _describe(group: Any, names: dict[int, str]) -> Group:
             reason = reason or f"its channels map unevenly onto {names[id(module)]}"
             continue
         for tensor, dim in _dimensions(names[id(module)], module, is_input):
-            members[tensor, dim] = Member(tensor, dim, tuple(tuple(sorted(c)) for c in index))
+            reads = dim == 1 and not isinstance(module, nn.Embedding)
+            members[tensor, dim] = Member(tensor, dim, tuple(tuple(sorted(c)) for c in index), reads)
         if not _dimensions(names[id(module)], module, is_input):
             reason = reason or f"it passes through {names[id(module)]} ({type(module).__name__})"
     return Group(names[id(root)], channels, tuple(members.values()), reason)
@@ -242,10 +286,15 @@ def _conflict(group: Group, model: nn.Module, calls: _Calls, owners: Counter[tup
     if not group.consumers:
         return "no layer reads its channels: they are the model's output"
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    state = model.state_dict()
     for member in group.members:
+        if member.tensor not in state:
+            return f"{member.tensor} is computed, not stored"
         owner, _, key = member.tensor.rpartition(".")
         module = model.get_submodule(owner)
         value = getattr(module, key)
+        if max(i for c in member.index for i in c) >= state[member.tensor].shape[member.dim]:
+            return f"its channels do not map onto {member.tensor}"
         if isinstance(value, nn.Parameter) and uses[id(value)] > 1:
             return f"{member.tensor} is shared with another layer"
         if calls.count[owner] > 1:
@@ -256,26 +305,39 @@ def _conflict(group: Group, model: nn.Module, calls: _Calls, owners: Counter[tup
 
 
 def _trial(model: nn.Module, inputs: Any, group: Group) -> str:
-    """Remove every other channel; empty if the result equals the dense model with those channels unread."""
-    dropped = torch.arange(0, group.channels, 2)
+    """Remove half of the channels at random; empty if that equals the dense model with those channels unread.
+
+    Small groups are tried several times: a random half of few channels can respect a coupling by chance.
+    """
+    generator = torch.Generator().manual_seed(group.channels)
+    for _ in range(1 if group.channels >= 16 else 3):
+        dropped = torch.randperm(group.channels, generator=generator)[: group.channels // 2]
+        reason = _remove(model, inputs, group, dropped)
+        if reason:
+            return reason
+    return ""
+
+
+def _remove(model: nn.Module, inputs: Any, group: Group, dropped: Tensor) -> str:
     state = model.state_dict()
     pruned: dict[str, Tensor] = {}
     silenced: dict[str, Tensor] = {}
     for member in group.members:
         source = pruned.get(member.tensor, state[member.tensor])
-        index = torch.tensor(member.index)
-        pruned[member.tensor] = source.index_select(member.dim, _complement(source.shape[member.dim], index[dropped]))
-        if member.dim == 1:
+        gone = torch.tensor(member.index)[dropped].flatten()
+        pruned[member.tensor] = source.index_select(member.dim, _complement(source.shape[member.dim], gone))
+        if member.reads:
             silent = silenced.get(member.tensor, state[member.tensor].clone())
-            silenced[member.tensor] = silent.index_fill(1, index[dropped].flatten(), 0.0)
+            silenced[member.tensor] = silent.index_fill(1, gone, 0.0)
     small, reference = copy.deepcopy(model), copy.deepcopy(model)
-    install(small, pruned)
     install(reference, silenced)
     expected = _run(reference, inputs)
     try:
+        install(small, pruned)
         found = _run(small, inputs)
     except Exception as error:  # a size is written down in the model's code
-        return f"the model breaks when they are removed ({str(error).splitlines()[0][:120]})"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"the model breaks when they are removed ({said[:120]})"
     if [t.shape for t in found] != [t.shape for t in expected]:
         return "removing them changes the shape of the model's outputs"
     distance = _distance(found, expected)
@@ -293,28 +355,31 @@ def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
         return [t.double() for t in tensors(call(model, inputs))]
 
 
-def _distance(a: list[Tensor], b: list[Tensor]) -> float:
-    """Root of the squared difference over the reference's power; NaN counts as far."""
-    error = sum(float((x - y).square().sum()) for x, y in zip(a, b, strict=True))
-    power = sum(float(y.square().sum()) for y in b)
-    share = (error / max(power, 1e-30)) ** 0.5
-    return share if share == share else float("inf")
+def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest over the outputs of |difference| / |spread|; the spread is the distance from the mean output.
+
+    An offset or another, larger output hides nothing. Values that are infinite in both count as equal.
+    """
+    return max((_relative(x, y) for x, y in zip(found, expected, strict=True)), default=0.0)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    finite = torch.isfinite(expected)
+    if not torch.equal(torch.isfinite(found), finite) or not torch.equal(found[~finite], expected[~finite]):
+        return math.inf
+    x, y = found[finite], expected[finite]
+    error = float((x - y).norm())
+    by_example = expected.masked_fill(~finite, 0.0)
+    by_example = by_example - by_example.mean(dim=0) if expected.ndim else by_example
+    spreads = [float((y - y.mean()).norm()) if y.numel() else 0.0, float(by_example[finite].norm())]
+    seen = [spread for spread in spreads if spread > 1e-9 * float(y.norm())]
+    return error / max(min(seen, default=float(y.norm())), 1e-30)
 
 
 # --- bytes ----------------------------------------------------------------------------------------------
 
 
-def _tensors(model: nn.Module) -> dict[str, tuple[Shape, str]]:
-    """Every tensor that must be stored: shared ones once, step counters of batch norms not at all."""
-    found, seen = {}, set()
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor) or id(value) in seen or name.endswith(".num_batches_tracked"):
-            continue
-        seen.add(id(value))
-        found[name] = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-    return found
-
-
 def _dense_bytes(model: nn.Module) -> int:
-    """Four bytes for each value of the state dict: what the float32 model takes before any container."""
-    return 4 * sum(value.numel() for value in model.state_dict().values() if isinstance(value, Tensor))
+    """Four bytes for each value of the state dict, shared ones once: the float32 model before any container."""
+    values = {id(v): v.numel() for v in model.state_dict(keep_vars=True).values() if isinstance(v, Tensor)}
+    return 4 * sum(values.values())

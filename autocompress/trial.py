@@ -70,6 +70,14 @@ def _amount(text: str, name: str, amount: float, unit: str) -> tuple[Quantity, f
     raise BudgetError(f"cannot read the unit of the budget {text!r}: {_HELP}")
 
 
+def _excess(value: float, limit: float) -> float:
+    if math.isnan(value):
+        return math.inf
+    if limit == 0:
+        return 0.0 if value == 0 else math.inf
+    return value / limit - 1
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Hard upper limits on the written artifact; None is no limit."""
@@ -95,9 +103,7 @@ class Budget:
     def excess(self, measured: Measurement) -> float:
         """The largest share by which a limit is passed; 0 or less fits. A missing latency does not fit."""
         pairs = [(measured.bytes, self.bytes), (measured.latency_ms, self.ms), (measured.macs, self.macs)]
-        shares = [
-            value / limit - 1 if not math.isnan(value) else math.inf for value, limit in pairs if limit is not None
-        ]
+        shares = [_excess(float(value), float(limit)) for value, limit in pairs if limit is not None]
         return max(shares, default=-1.0)
 
     def static(self) -> Budget:

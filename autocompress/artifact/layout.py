@@ -19,12 +19,24 @@ from autocompress.policy import LayerChoice, Policy
 
 MAGIC = b"ACZ1"
 PREFIX = struct.Struct("<4sIQIQd")  # magic, CRC-32 of all that follows it, file length, header length, flags, quality
-MAX_HEADER = 64 * 2**20
+MAX_HEADER = 4 * 2**20
 MAX_DIMENSIONS = 8
 
 Kind = Literal["quantised", "half", "full", "raw"]
 Coding = Literal["dense", "bitmask"]
-_RAW_BYTES = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8}
+RAW_BYTES = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "uint16": 2,
+    "int16": 2,
+    "uint32": 4,
+    "int32": 4,
+    "uint64": 8,
+    "int64": 8,
+    "complex64": 8,
+    "complex128": 16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +79,16 @@ class Entry:
             raise ArtifactError(f"the header describes a tensor as {row!r}")
         shape = tuple(_count(size) for size in _list(shape, 0, MAX_DIMENSIONS))
         numel = prod(shape)
+        _count(prod(max(1, size) for size in shape))  # strides must be representable even without elements
         if letter == "r":
             (dtype,) = _list(rest, 1, 1)
-            if dtype not in _RAW_BYTES:
+            if not isinstance(dtype, str) or dtype not in RAW_BYTES:
                 raise ArtifactError(f"tensor {name!r} has unknown type {dtype!r}")
-            return cls(name, "raw", shape, 8 * _RAW_BYTES[dtype], count=numel, dtype=dtype)
+            return cls(name, "raw", shape, 8 * RAW_BYTES[dtype], count=numel, dtype=dtype)
         if letter == "q":
             bits, symmetric, *rest = _list(rest, 2, 3)
-            if bits not in range(1, 9) or symmetric not in (0, 1) or not shape:
+            whole = type(bits) is int and type(symmetric) is int
+            if not (whole and 2 <= bits <= 8 and symmetric in (0, 1) and shape):
                 raise ArtifactError(f"tensor {name!r} has an impossible grid")
             kind: Kind = "quantised"
         else:
@@ -110,9 +124,11 @@ def weight_entry(name: str, shape: Shape, choice: LayerChoice, kept: int) -> Ent
 
 
 def rest_entry(name: str, shape: Shape, dtype: str) -> Entry:
-    """How anything but a compressible weight is written: floats at 16 bits, integers as they are."""
-    if dtype in _RAW_BYTES:
-        return Entry(name, "raw", shape, 8 * _RAW_BYTES[dtype], count=prod(shape), dtype=dtype)
+    """How anything but a compressible weight is written: floats at 16 bits if they fit, integers as they are."""
+    if dtype in RAW_BYTES:
+        return Entry(name, "raw", shape, 8 * RAW_BYTES[dtype], count=prod(shape), dtype=dtype)
+    if dtype == "exact":
+        return Entry(name, "full", shape, 32, count=prod(shape))
     return Entry(name, "half", shape, 16, count=prod(shape))
 
 
@@ -188,7 +204,9 @@ class Header:
 
 def header_for(graph: Graph, policy: Policy, task: str, metric: str, versions: Mapping[str, str]) -> Header:
     """The header of the file that `policy` leads to."""
-    return Header(task, metric, graph.fingerprint, policy, tuple(graph.folded(policy)), plan(graph, policy), versions)
+    return Header(
+        task, metric, graph.shapes_fingerprint, policy, tuple(graph.folded(policy)), plan(graph, policy), versions
+    )
 
 
 def file_bytes(header: Header) -> int:

@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
-import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autocompress.artifact.layout import MAGIC, PREFIX, Entry, Header
+from autocompress.artifact.layout import MAGIC, PREFIX, RAW_BYTES, Entry, Header
 from autocompress.errors import ArtifactError
-from autocompress.stored import Full, Half, Quantised, Raw, Stored, StoredModel, from_half, to_half
-from autocompress.surgery import install, without
+from autocompress.graph import tensors_fingerprint
+from autocompress.stored import MAX_EXPONENT, Full, Half, Quantised, Raw, Stored, StoredModel, from_half, to_half
+from autocompress.surgery import install, tensors_of, without
 from autocompress.task import Task
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name) for name in ("bool", "uint8", "int8", "int16", "int32", "int64")
-}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in RAW_BYTES}
 
 
 # --- sections -------------------------------------------------------------------------------------------
@@ -92,7 +89,7 @@ class _Reader:
 
     def exponent(self) -> int:
         value = int(self.take(2).view("<i2")[0])
-        if not -100 <= value <= 100:
+        if not -MAX_EXPONENT - 1 <= value <= MAX_EXPONENT:
             raise ArtifactError(f"the artifact holds an impossible exponent, {value}")
         return value
 
@@ -104,7 +101,8 @@ def read_section(entry: Entry, content: memoryview) -> Stored:
         values = torch.from_numpy(reader.take(entry.nbytes).copy())
         if entry.dtype == "bool" and numel and int(values.max()) > 1:
             raise ArtifactError(f"tensor {entry.name!r} is not boolean")
-        return Raw(values.view(_DTYPES[entry.dtype]).reshape(shape))
+        typed = values.view(_DTYPES[entry.dtype]) if numel else values.to(_DTYPES[entry.dtype])
+        return Raw(typed.reshape(shape))
     exponent = reader.exponent() if entry.kind != "full" else 0
     if entry.kind == "quantised":
         scale = reader.halves(exponent, shape[0])
@@ -114,6 +112,8 @@ def read_section(entry: Entry, content: memoryview) -> Stored:
             if entry.symmetric
             else torch.from_numpy(reader.take(shape[0]).copy())
         )
+        if len(zero) and int(zero.max()) >= 2**entry.bits:
+            raise ArtifactError(f"tensor {entry.name!r} has a zero point outside its grid")
     mask = None
     if entry.coding == "bitmask":
         mask = torch.from_numpy(np.unpackbits(reader.take(-(-numel // 8)), count=numel).astype(bool)).reshape(shape)
@@ -127,8 +127,8 @@ def read_section(entry: Entry, content: memoryview) -> Stored:
     if entry.kind == "half":
         return Half(_place(reader.halves(exponent, entry.count), shape, mask, torch.zeros(shape)), mask)
     floats = torch.from_numpy(reader.take(4 * entry.count).view("<f4").astype(np.float32))
-    if not bool(torch.isfinite(floats).all()):
-        raise ArtifactError(f"tensor {entry.name!r} holds a value that is not finite")
+    if bool(torch.isnan(floats).any()):
+        raise ArtifactError(f"tensor {entry.name!r} holds a value that is not a number")
     return Full(_place(floats, shape, mask, torch.zeros(shape)), mask)
 
 
@@ -186,22 +186,6 @@ def unpack(content: bytes, name: str = "the artifact") -> Artifact:
     return Artifact(header, tensors, quality, total)
 
 
-def write(path: Path, content: bytes) -> int:
-    """Write atomically and durably; the length of the file. A reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    return path.stat().st_size
-
-
 def read(path: Path) -> Artifact:
     """The artifact in a file. Raises `ArtifactError`."""
     try:
@@ -216,45 +200,51 @@ def build(artifact: Artifact, architecture: nn.Module) -> nn.Module:
 
     Raises `ArtifactError` if the file does not belong to this architecture.
     """
-    state = architecture.state_dict()
-    folded = set(artifact.header.folded)
-    modules = dict(architecture.named_modules())
-    expected = {name for name, value in state.items() if isinstance(value, Tensor)}
-    biases = {f"{name}.bias" for name, module in modules.items() if "bias" in module._parameters}
-    unknown = (set(artifact.tensors) - expected - biases) | (folded - set(modules))
-    if unknown:
+    header, tensors = artifact.header, artifact.tensors
+    if header.graph != tensors_fingerprint(tensors_of(architecture)):
         raise ArtifactError(
-            f"the artifact holds {min(unknown)!r}, which the task's model does not have: "
-            f"it was made for task {artifact.header.task!r}"
+            f"the artifact was made for another network: task {header.task!r} had tensors of other names or shapes "
+            "than this task's model"
         )
-    for name, stored in artifact.tensors.items():
-        present, found = state.get(name), stored.dense()
-        if present is not None and (
-            present.ndim != found.ndim or any(f > p for f, p in zip(found.shape, present.shape, strict=True))
-        ):
-            raise ArtifactError(
-                f"tensor {name!r} has shape {tuple(found.shape)} in the artifact and "
-                f"{tuple(present.shape)} in the task's model: they do not belong together"
-            )
-    missing = _missing(architecture, set(artifact.tensors), folded)
-    if missing:
-        raise ArtifactError(f"the artifact lacks {min(missing)!r}, which the task's model needs")
-    without(architecture, folded)
-    install(architecture, {name: stored.dense() for name, stored in artifact.tensors.items()})
+    _check_folds(header.folded, tensors, architecture)
+    _check_tensors(tensors, architecture, header.folded)
+    without(architecture, header.folded)
+    install(architecture, {name: stored.dense() for name, stored in tensors.items()})
     return architecture.eval()
 
 
-def _missing(model: nn.Module, present: set[str], folded: set[str]) -> set[str]:
-    """State that neither the file nor a tensor shared with it fills."""
-    kept = model.state_dict(keep_vars=True)
-    filled = {id(value) for name, value in kept.items() if name in present}
-    return {
-        name
-        for name, value in kept.items()
-        if id(value) not in filled
-        and name.rpartition(".")[0] not in folded
-        and not name.endswith(".num_batches_tracked")
-    }
+def _check_folds(folded: Sequence[str], tensors: StoredModel, model: nn.Module) -> None:
+    """Only batch norms without tensors in the file may be replaced."""
+    modules = dict(model.named_modules())
+    for name in folded:
+        if not (name and isinstance(modules.get(name), nn.modules.batchnorm._BatchNorm)):
+            raise ArtifactError(f"the artifact folds {name!r}, which is no batch norm of the task's model")
+        if any(tensor.rpartition(".")[0] == name for tensor in tensors):
+            raise ArtifactError(f"the artifact folds {name!r} and holds its tensors too")
+
+
+def _check_tensors(tensors: StoredModel, model: nn.Module, folded: Sequence[str]) -> None:
+    """Every tensor belongs to the model and is no larger than there; none that the model needs is absent."""
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    for name, stored in tensors.items():
+        shape = tuple(stored.dense().shape)
+        if name in state:
+            whole = tuple(state[name].shape)
+            fits = len(shape) == len(whole) and all(a <= b for a, b in zip(shape, whole, strict=True))
+        else:  # the bias that a folded norm left
+            owner, _, key = name.rpartition(".")
+            weight = tensors.get(f"{owner}.weight" if owner else "weight")
+            fits = key == "bias" and weight is not None and shape == tuple(weight.dense().shape[:1])
+        if not fits:
+            raise ArtifactError(
+                f"the artifact holds {name!r} of shape {shape}, which the task's model has no place for"
+            )
+    filled = {id(state[name]) for name in tensors if name in state}
+    gone = {id(model.get_submodule(name)) for name in folded}
+    for name, value in state.items():
+        holder = model.get_submodule(name.rpartition(".")[0])
+        if id(value) not in filled and id(holder) not in gone and not name.endswith(".num_batches_tracked"):
+            raise ArtifactError(f"the artifact lacks {name!r}, which the task's model needs")
 
 
 def load(path: str | Path, task: Task | None = None) -> nn.Module:

@@ -51,7 +51,8 @@ class Workbench:
         for parameter in self.teacher.parameters():
             parameter.requires_grad_(False)
         self.graph: Graph = trace(self.teacher, self.example.inputs)
-        self.state = {name: value.detach().cpu() for name, value in self.teacher.state_dict().items()}
+        state = self.teacher.state_dict()
+        self.state = {name: value.detach().cpu() for name, value in state.items() if isinstance(value, Tensor)}
         self.eps = {name: float(norm.eps) for name, norm in norms(self.teacher).items()}  # type: ignore[arg-type]
         self.calibration = self._calibration()
         self.importance = Importance(task, self.teacher, self.graph, self.calibration)

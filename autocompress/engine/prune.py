@@ -34,9 +34,9 @@ def norm_importance(state: Mapping[str, Tensor], group: Group, order: int) -> Te
     """Sum over the group's producers of the L1 or L2 norm of each filter (Li et al., 1608.08710, section 3.1)."""
     total = torch.zeros(group.channels, dtype=torch.float64)
     for member in group.producers:
-        weight = state[member.tensor].double()
-        if weight.ndim < 2:  # a batch norm's weight
+        if state[member.tensor].ndim < 2:  # a batch norm's weight
             continue
+        weight = state[member.tensor].double().movedim(member.dim, 0)  # an embedding's channels are its columns
         per_row = weight.flatten(1).norm(p=order, dim=1)
         total += per_row[torch.tensor(member.index)].sum(dim=1)
     return total
@@ -49,9 +49,9 @@ def taylor_importance(state: Mapping[str, Tensor], gradients: Mapping[str, Tenso
     """
     change = torch.zeros(group.channels, dtype=torch.float64)
     for member in group.producers:
-        product = (state[member.tensor] * gradients[member.tensor]).double()
-        if product.ndim < 2:
+        if state[member.tensor].ndim < 2:
             continue
+        product = (state[member.tensor] * gradients[member.tensor]).double().movedim(member.dim, 0)
         change += product.flatten(1).sum(dim=1)[torch.tensor(member.index)].sum(dim=1)
     return torch.square(change)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from autocompress.engine.quantize import rescale
 from autocompress.graph import Graph
 from autocompress.policy import Policy
-from autocompress.stored import Half, Raw, Stored, StoredModel, round_to_half
+from autocompress.stored import Full, Half, Raw, Stored, StoredModel, round_to_half
 from autocompress.surgery import fold_scale
 from autocompress.task import Batch, call, to_device
 
@@ -66,6 +66,12 @@ def fold(
         elif owner in folds and key == "bias":
             result[name] = Half(round_to_half(folds[owner][1]))
         else:
-            value = state[name]
-            result[name] = Half(round_to_half(value.float())) if value.is_floating_point() else Raw(value)
+            result[name] = _rest(state[name], graph.tensors[name][1])
     return result
+
+
+def _rest(value: Tensor, dtype: str) -> Stored:
+    """What is not a compressible weight, as `artifact.layout.rest_entry` announces it."""
+    if not value.is_floating_point():
+        return Raw(value)
+    return Full(value.float()) if dtype == "exact" else Half(round_to_half(value.float()))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autocompress.task import call, head, to_device
+from autocompress.task import call, few
 
 RUNTIME = "torch-eager"
 WARM_UP = 3
@@ -39,7 +39,7 @@ class LatencyMeter:
     def __init__(self, dense: nn.Module, inputs: Any, dense_ms: float | None = None) -> None:
         """`dense_ms` is the reference of an earlier run that this one continues; None measures it now."""
         self._dense = _on_cpu(dense)
-        self._inputs = to_device(head(inputs, 1), torch.device("cpu"))
+        self._inputs = few(self._dense, inputs, 1)
         self._known: dict[Hashable, Latency] = {}
         self.dense = self._reference() if dense_ms is None else dense_ms
 

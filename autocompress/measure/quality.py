@@ -29,7 +29,7 @@ class QualityMeter:
     def __init__(self, task: Task, dense: nn.Module, split: Split = "val") -> None:
         self._task, self._split = task, split
         self._reference: list[Any] = []
-        self._bytes = 0
+        self._bytes, self._full = 0, False
         handle = dense.register_forward_hook(self._record)
         try:
             self.dense = float(task.score(dense, split))
@@ -38,7 +38,9 @@ class QualityMeter:
 
     def _record(self, module: nn.Module, given: Any, outputs: Any) -> None:  # noqa: ARG002
         size = sum(t.numel() * t.element_size() for t in tensors(outputs))
-        if self._bytes + size <= MEMORY:
+        # the first batch always, then all up to the first that does not fit: batches are compared in order
+        self._full = self._full or (bool(self._reference) and self._bytes + size > MEMORY)
+        if not self._full:
             self._bytes += size
             self._reference.append(_detached(outputs))
 
@@ -61,7 +63,8 @@ class QualityMeter:
             score = float(self._task.score(model, self._split))
         finally:
             handle.remove()
-        loss = total / count if count else math.nan
+        gap = self.dense - score if self._task.direction == "max" else score - self.dense
+        loss = total / count if count else gap  # a score that never calls the model leaves nothing to compare
         if not (math.isfinite(score) and math.isfinite(loss)):
             raise FloatingPointError(f"{self._task.metric} is {score} and the divergence from the dense model {loss}")
         return Quality(score, loss)

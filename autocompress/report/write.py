@@ -12,8 +12,9 @@ from markupsafe import Markup
 from plotly.io import to_html
 
 from autocompress.artifact.layout import Header
-from autocompress.artifact.packed import read, write
+from autocompress.artifact.packed import read
 from autocompress.errors import ArtifactError
+from autocompress.files import write
 from autocompress.front import Trial
 from autocompress.report.plots import front_figure, front_png, policy_figure, progress_figure
 from autocompress.report.tables import Run, row, size_text, table
@@ -66,7 +67,9 @@ def _header(run: Run, trial: Trial) -> Header | None:
 
 
 def _embed(figure: Any, *, first: bool = False) -> Markup:
-    return Markup(to_html(figure, full_html=False, include_plotlyjs=first, config={"displaylogo": False}))
+    return Markup(
+        to_html(figure, full_html=False, include_plotlyjs=first, config={"displaylogo": False, "displayModeBar": False})
+    )
 
 
 def _quality(value: float) -> str:

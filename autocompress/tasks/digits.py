@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from autocompress.files import write
 from autocompress.task import ClassificationTask
 
 SEED = 0
@@ -99,7 +100,8 @@ def trained() -> nn.Module:
         model.load_state_dict(load(path.read_bytes()))
     except (OSError, SafetensorError, RuntimeError):  # absent, torn or of another shape: make it again
         _train(model)
-        _write(path, save(model.state_dict()))
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the search
+            write(path, save(model.state_dict()))
     return model.eval()
 
 
@@ -127,14 +129,3 @@ def _train(model: nn.Module) -> None:
             optimizer.step()
         schedule.step()
     model.eval()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Atomic, and only a convenience: a cache that cannot be written costs time, not the search."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        Path(file.name).replace(path)
-    except OSError:
-        pass

@@ -1,0 +1,378 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from autocompress import Batch, ClassificationTask, RegressionTask
+from autocompress.engine import finetune
+from autocompress.engine.finetune import MOMENTUM, WEIGHT_DECAY, Constraint, Hints, normalise_gradients, train
+from autocompress.engine.prune import magnitude_mask
+from autocompress.engine.quantize import Grid, fit_grid, quantise
+from autocompress.engine.schedules import Plateau
+from autocompress.policy import Decay, Gradient, LayerChoice, Recovery
+
+STEPS = 4
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Dropout(0.2), nn.Linear(10, 3)).eval()
+
+
+def data() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(16 * STEPS, 6, generator=draw), torch.randint(0, 3, (16 * STEPS,), generator=draw)
+
+
+class Classification(ClassificationTask):
+    def __init__(self) -> None:
+        super().__init__(mlp, data(), data(), data(), batch_size=16)
+
+
+class Undefined(Classification):
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        return super().loss(outputs, batch) * float("nan")
+
+
+class Unused(Classification):
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:  # noqa: ARG002
+        raise AssertionError("the task's loss was asked for")
+
+
+def teacher_of(task: Classification) -> nn.Module:
+    return task.model().requires_grad_(False)
+
+
+def trained(
+    recovery: Recovery,
+    constraints: dict[str, Constraint] | None = None,
+    *,
+    task: Classification | None = None,
+    hints: Hints | None = None,
+    seed: int = 0,
+    **more: Any,
+) -> nn.Module:
+    task = task or Classification()
+    student = task.model().requires_grad_(False)
+    train(
+        student,
+        teacher_of(task),
+        task,
+        recovery,
+        constraints or {},
+        hints or Hints(),
+        steps_per_epoch=STEPS,
+        seed=seed,
+        **more,
+    )
+    return student
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def rates() -> Iterator[list[float]]:
+    """The learning rate of each optimizer step."""
+    found: list[float] = []
+
+    def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+        found.append(float(optimizer.param_groups[0]["lr"]))
+
+    handle = register_optimizer_step_pre_hook(note)
+    yield found
+    handle.remove()
+
+
+# --- gradients ------------------------------------------------------------------------------------------
+
+
+def with_gradient(shape: tuple[int, ...]) -> nn.Parameter:
+    draw = torch.Generator().manual_seed(3)
+    parameter = nn.Parameter(torch.randn(shape, generator=draw))
+    parameter.grad = torch.randn(shape, generator=draw) + 0.7
+    return parameter
+
+
+def gradient_after(parameter: nn.Parameter, kind: Gradient) -> np.ndarray:
+    normalise_gradients([parameter], kind)
+    assert parameter.grad is not None
+    return parameter.grad.numpy()
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 3, 2, 2)])
+def test_centralised_rows_have_mean_zero(shape: tuple[int, ...]) -> None:
+    parameter = with_gradient(shape)
+    rows = parameter.grad.numpy().reshape(4, -1).copy()
+    expected = (rows - rows.mean(axis=1, keepdims=True)).reshape(shape)
+    np.testing.assert_allclose(gradient_after(parameter, "centralise"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 3, 2, 2)])
+def test_standardised_gradients_have_the_weights_root_mean_square(shape: tuple[int, ...]) -> None:
+    parameter = with_gradient(shape)
+    gradient, weight = parameter.grad.double().numpy(), parameter.detach().double().numpy()
+    expected = (gradient - gradient.mean()) / gradient.std() * np.sqrt(np.square(weight).mean())
+    np.testing.assert_allclose(gradient_after(parameter, "standardise"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["none", "centralise", "standardise"])
+def test_vectors_and_absent_gradients_are_left_alone(kind: Gradient) -> None:
+    vector, absent = with_gradient((5,)), nn.Parameter(torch.ones(2, 2))
+    before = vector.grad.clone()
+    normalise_gradients([vector, absent], kind)
+    assert torch.equal(vector.grad, before)
+    assert absent.grad is None
+
+
+def test_the_kind_none_changes_no_gradient() -> None:
+    parameter = with_gradient((4, 5))
+    before = parameter.grad.numpy().copy()
+    np.testing.assert_array_equal(gradient_after(parameter, "none"), before)
+
+
+# --- constraints ----------------------------------------------------------------------------------------
+
+
+def test_the_gradient_passes_straight_through_rounding() -> None:
+    weight = nn.Parameter(torch.linspace(-3, 3, 20).reshape(2, 10))
+    grid = Grid(torch.tensor([0.2, -0.3]), torch.tensor([4.0, 4.0]), 3, True)
+    arriving = torch.randn(2, 10)
+    seen = Constraint(None, grid).apply(weight)
+    assert not torch.equal(seen, weight)
+    (seen * arriving).sum().backward()
+    assert torch.equal(weight.grad, arriving)
+
+
+def test_the_gradient_stops_at_pruned_weights() -> None:
+    weight = nn.Parameter(torch.randn(3, 4))
+    mask = magnitude_mask(weight, 5)
+    Constraint(mask, fit_grid(weight, 4, symmetric=True)).apply(weight).sum().backward()
+    assert torch.equal(weight.grad, mask.float())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+def test_what_the_forward_pass_sees_is_what_will_be_stored(bits: int, scheme: Any) -> None:
+    weight = torch.randn(3, 40)
+    mask, choice = magnitude_mask(weight, 30), LayerChoice(bits, scheme=scheme)
+    grid = fit_grid(weight, bits, symmetric=scheme == "symmetric")
+    seen = Constraint(mask, grid).apply(nn.Parameter(weight)).detach()
+    torch.testing.assert_close(seen, quantise(weight, choice, mask, grid).dense(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["none", "centralise", "standardise"])
+def test_pruned_weights_never_reach_a_forward_pass_while_training(
+    gradient: Gradient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = magnitude_mask(mlp()[0].weight, 30)
+    seen: list[Tensor] = []
+    call = finetune.functional_call
+
+    def spy(module: nn.Module, weights: dict[str, Tensor], *args: Any) -> Any:
+        seen.append(weights["0.weight"].detach().clone())
+        return call(module, weights, *args)
+
+    monkeypatch.setattr(finetune, "functional_call", spy)
+    trained(Recovery(epochs=2, gradient=gradient), {"0.weight": Constraint(mask, None)})
+    assert len(seen) == 2 * STEPS
+    assert all((weight[~mask] == 0).all() for weight in seen)
+    assert not torch.equal(seen[0], seen[-1])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_trained_weights_are_on_their_constraints_grid(bits: int) -> None:
+    weight = mlp()[0].weight.detach()
+    mask, grid = magnitude_mask(weight, 20), fit_grid(weight, bits, symmetric=True)
+    student = trained(Recovery(epochs=4, lr=0.3, distill_weight=0.0), {"0.weight": Constraint(mask, grid)})
+    final = student[0].weight.detach()
+    stored = quantise(final, LayerChoice(bits), mask, grid)
+    codes = stored.dense().numpy() / grid.scale.numpy()[:, None]
+    np.testing.assert_allclose(codes, np.rint(codes), atol=1e-6)
+    assert np.abs(codes).max() <= 2 ** (bits - 1)
+    assert (stored.dense()[~mask] == 0).all()
+    assert torch.equal(quantise(stored.dense(), LayerChoice(bits), mask, grid).codes, stored.codes)
+    assert not torch.equal(stored.codes, quantise(weight, LayerChoice(bits), mask, grid).codes)
+
+
+# --- steps ----------------------------------------------------------------------------------------------
+
+
+def test_steps_are_nesterov_momentum_with_weight_decay() -> None:
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(8, 3)).astype(np.float32), draw.normal(size=(8, 1)).astype(np.float32)
+    model = nn.Linear(3, 1, bias=False)
+    task = RegressionTask(model, (x, y), (x, y), (x, y), batch_size=8)
+    student, w = task.model(), model.weight.detach().double().numpy().copy()
+    recovery = Recovery(epochs=5, lr=0.1, decay="constant", distill_weight=0.0)
+    train(student, task.model(), task, recovery, {}, Hints(), steps_per_epoch=1, seed=0)
+    velocity = np.zeros_like(w)
+    for _ in range(5):
+        gradient = 2 * (x @ w.T - y).T @ x / len(x) + WEIGHT_DECAY * w
+        velocity = MOMENTUM * velocity + gradient
+        w -= 0.1 * (gradient + MOMENTUM * velocity)
+    np.testing.assert_allclose(student.weight.detach().numpy(), w, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("decay", "factors"),
+    [
+        ("constant", [1.0] * 8),
+        ("step", [1.0] * 3 + [0.5] * 3 + [0.25] * 2),
+        ("exponential", [0.25 ** (i / 8) for i in range(8)]),
+        ("cosine", [0.25 + 0.75 * (1 + np.cos(np.pi * i / 8)) / 2 for i in range(8)]),
+        ("polynomial", [0.25 + 0.75 * (1 - i / 8) ** 2 for i in range(8)]),
+    ],
+)
+def test_the_optimizer_follows_the_decay(decay: Decay, factors: list[float], rates: list[float]) -> None:
+    trained(Recovery(epochs=2, lr=0.04, decay=decay, decay_rate=0.25))
+    assert rates == pytest.approx([0.04 * f for f in factors])
+
+
+def test_the_plateau_hears_the_mean_loss_and_lowers_the_rate(
+    rates: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([5.0, 3.0, 6.0, 4.0, 1.0, 1.0, 2.0, 2.0])
+    reports: list[float] = []
+    report = Plateau.report
+
+    def spy(self: Plateau, value: float) -> None:
+        reports.append(value)
+        report(self, value)
+
+    def loss(*args: Any) -> Tensor:
+        return next(losses) + 0 * args[2].sum()
+
+    monkeypatch.setattr(Plateau, "report", spy)
+    monkeypatch.setattr(finetune, "recovery_loss", loss)
+    monkeypatch.setattr(finetune, "REPORTS_PER_EPOCH", 2)
+    trained(Recovery(epochs=2, lr=0.1, decay="constant", adjust_factor=0.5, adjust_patience=0))
+    assert reports == [4.0, 5.0, 1.0, 2.0]
+    assert rates == pytest.approx([0.1] * 4 + [0.05] * 4)
+
+
+def test_progress_hears_every_step() -> None:
+    heard: list[tuple[int, int]] = []
+    trained(Recovery(epochs=3), progress=lambda step, total: heard.append((step, total)))
+    assert heard == [(step, 3 * STEPS) for step in range(1, 3 * STEPS + 1)]
+
+
+def test_each_epoch_draws_its_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, seeds = Classification(), []
+    batches = task.batches
+
+    def spy(split: Any, seed: int = 0) -> Any:
+        seeds.append((split, seed))
+        return batches(split, seed)
+
+    monkeypatch.setattr(task, "batches", spy)
+    trained(Recovery(epochs=3), task=task, seed=5)
+    assert seeds == [("train", 5), ("train", 6), ("train", 7)]
+
+
+def test_training_lowers_the_loss() -> None:
+    task = Classification()
+    batch = Batch(*data())
+    student = trained(Recovery(epochs=20, lr=0.1, distill_weight=0.0), task=task)
+    assert task.loss(student(batch.inputs), batch) < 0.8 * task.loss(task.model()(batch.inputs), batch)
+
+
+def test_a_loss_that_is_not_finite_stops_training() -> None:
+    with pytest.raises(FloatingPointError, match="step 0 of 4"):
+        trained(Recovery(epochs=1, distill_weight=0.5), task=Undefined())
+
+
+# --- purity ---------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_identical_weights_and_another_seed_does_not() -> None:
+    first = state_of(trained(Recovery(epochs=2)))
+    torch.manual_seed(99)
+    again = state_of(trained(Recovery(epochs=2)))
+    assert equal(first, again)
+    assert not equal(first, state_of(trained(Recovery(epochs=2), seed=1)))
+
+
+def test_the_callers_random_numbers_are_left_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    task = Classification()
+    student, teacher = copy.deepcopy(mlp()), copy.deepcopy(mlp())
+    torch.manual_seed(7)
+    train(student, teacher, task, Recovery(epochs=1), {}, Hints(), steps_per_epoch=STEPS, seed=0)
+    assert not torch.equal(student[0].weight, teacher[0].weight)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_teacher_never_changes() -> None:
+    task = Classification()
+    teacher = teacher_of(task)
+    before = state_of(teacher)
+    recovery = Recovery(epochs=2, lr=0.5, hint_weight=1.0)
+    train(task.model(), teacher, task, recovery, {}, Hints(("0",)), steps_per_epoch=STEPS, seed=0)
+    assert equal(before, state_of(teacher))
+    assert not teacher.training
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not any(module._forward_hooks for module in teacher.modules())
+
+
+def test_a_trained_student_is_left_frozen_and_in_evaluation_mode() -> None:
+    student = trained(Recovery(epochs=1, hint_weight=1.0), hints=Hints(("0",)))
+    assert not any(module.training for module in student.modules())
+    assert not any(p.requires_grad for p in student.parameters())
+    assert not any(module._forward_hooks for module in student.modules())
+
+
+def test_pure_distillation_never_asks_for_the_tasks_loss() -> None:
+    trained(Recovery(epochs=1, distill_weight=1.0), task=Unused())
+    with pytest.raises(AssertionError, match="was asked for"):
+        trained(Recovery(epochs=1, distill_weight=0.9), task=Unused())
+
+
+def test_training_without_distillation_never_runs_the_teacher() -> None:
+    task, runs = Classification(), []
+    teacher = teacher_of(task)
+    teacher.register_forward_pre_hook(lambda *_: runs.append(1))
+    for weight in (0.0, 0.1):
+        recovery = Recovery(epochs=1, distill_weight=weight)
+        train(task.model(), teacher, task, recovery, {}, Hints(), steps_per_epoch=STEPS, seed=0)
+    assert len(runs) == STEPS
+
+
+def test_hints_without_weight_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "hint_loss", lambda *_: pytest.fail("hints were computed"))
+    trained(Recovery(epochs=1, hint_weight=0.0), hints=Hints(("0",)))
+
+
+# --- what a task may yield ------------------------------------------------------------------------------
+
+
+def test_batches_may_be_plain_pairs() -> None:
+    class Pairs(Classification):
+        def batches(self, split: Any, seed: int = 0) -> Any:
+            return [(batch.inputs, batch.target) for batch in super().batches(split, seed)]
+
+    assert equal(state_of(trained(Recovery(epochs=1), task=Pairs())), state_of(trained(Recovery(epochs=1))))
+
+
+def test_a_last_batch_of_one_example_trains() -> None:
+    class Odd(Classification):
+        def batches(self, split: Any, seed: int = 0) -> Any:
+            *others, last = super().batches(split, seed)
+            return [*others, Batch(last.inputs[:1], last.target[:1])]
+
+    trained(Recovery(epochs=1), task=Odd())

@@ -1,0 +1,344 @@
+"""A network as plain data with an analytic loss: controllers, runners and studies run in milliseconds."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from autocompress import study
+from autocompress.artifact.layout import Entry
+from autocompress.artifact.packed import Artifact, pack, read, write
+from autocompress.front import Trial
+from autocompress.graph import Graph, Group, Layer, Member
+from autocompress.journal import Journal
+from autocompress.measure.quality import Quality
+from autocompress.measure.size import Size
+from autocompress.policy import LayerChoice, Policy, Recovery
+from autocompress.space import Space, parse_space
+from autocompress.stored import Full, Half, Quantised, Raw, Stored
+from autocompress.study import Outcome, Settings, search
+from autocompress.trial import Evaluation, Measurement
+
+SPACE_TEXT = """
+[layers]
+bits = [2, 4, 8, 32]
+sparsity = [0.0, 0.5]
+scheme = ["symmetric", "asymmetric"]
+[channels]
+keep = [0.5, 0.75, 1.0]
+criterion = ["l1", "l2"]
+[batch_norm]
+reestimate = [true, false]
+[recovery]
+lr = [0.001, 0.1]
+decay = ["cosine", "step"]
+distill_weight = [0.5, 1.0]
+adjust_factor = [0.5, 1.0]
+gradient = ["none", "centralise"]
+"""
+TINY_SPACE_TEXT = "[layers]\nbits = [4]\nsparsity = [0.0, 0.5]\n[recovery]\nlr = [0.001, 0.1]\n"
+"""Eight policies."""
+DENSE_MS = 2.0
+
+
+def _channels(count: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((i,) for i in range(count))
+
+
+def make_graph(rename: Callable[[str], str] = lambda name: name) -> Graph:
+    """Two convolutions and a classifier; `rename` changes the layers' names."""
+    a, b, fc, bn = rename("conv1"), rename("conv2"), rename("fc"), "bn1"
+    layers = (
+        Layer(a, "Conv2d", (8, 3, 3, 3), positions=64, batch_norm=bn),
+        Layer(b, "Conv2d", (16, 8, 3, 3), positions=16, has_bias=True),
+        Layer(fc, "Linear", (10, 16), has_bias=True),
+    )
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {f"{a}.weight": ((8, 3, 3, 3), "float32")}
+    tensors |= {f"{bn}.{name}": ((8,), "float32") for name in ("weight", "bias", "running_mean", "running_var")}
+    tensors |= {f"{b}.weight": ((16, 8, 3, 3), "float32"), f"{b}.bias": ((16,), "float32")}
+    tensors |= {f"{fc}.weight": ((10, 16), "float32"), f"{fc}.bias": ((10,), "float32")}
+    eight, sixteen, ten = _channels(8), _channels(16), _channels(10)
+    norm = tuple(Member(f"{bn}.{name}", 0, eight) for name in ("weight", "bias", "running_mean", "running_var"))
+    reader = Member(f"{fc}.weight", 1, sixteen)
+    groups = (
+        Group(a, 8, (Member(f"{a}.weight", 0, eight), *norm, Member(f"{b}.weight", 1, eight))),
+        Group(b, 16, (Member(f"{b}.weight", 0, sixteen), Member(f"{b}.bias", 0, sixteen), reader)),
+        Group(fc, 10, (Member(f"{fc}.weight", 0, ten), Member(f"{fc}.bias", 0, ten)), frozen="they are the output"),
+    )
+    return Graph(layers, groups, tensors, dense_bytes=4 * sum(prod(shape) for shape, _ in tensors.values()))
+
+
+GRAPH = make_graph()
+
+
+def make_space(text: str = SPACE_TEXT, graph: Graph = GRAPH) -> Space:
+    """The open choices of the fake network."""
+    return Space(parse_space(text, "fake.toml"), graph)
+
+
+def damage(policy: Policy, graph: Graph = GRAPH) -> float:
+    """Analytic loss: 0 for the dense model, more for fewer bits, more zeros and fewer channels, less after recovery."""
+    total = sum(prod(layer.shape) for layer in graph.layers)
+    lost = 0.0
+    for i, (layer, choice) in enumerate(graph.choices(policy)):
+        share = (prod(layer.shape) / total) ** 0.5 * (1 + 0.1 * i)
+        grid = 0.0 if choice.bits == 32 else 2.0**-choice.bits * (0.9 if choice.scheme == "asymmetric" else 1.0)
+        lost += share * (grid + 0.05 * choice.sparsity**2)
+    lost += sum(0.1 * (1 - ratio) ** 2 for ratio in policy.keep.values())
+    lost *= {"l1": 1.0, "l2": 0.97}.get(policy.criterion, 1.0) * (0.98 if policy.recovery.reestimate_bn else 1.0)
+    if policy.recovery.epochs:
+        lost *= min(1.0, 0.4 + 0.2 * abs(math.log10(policy.recovery.lr / 0.02)))
+    return lost
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: no handler of the package catches it."""
+
+
+@dataclass
+class FakeModel:
+    """What `build` and `reload` give: it only remembers its policy."""
+
+    policy: Policy
+
+
+@dataclass
+class FakeTask:
+    """Scores fake models and records each request as (split, policy key)."""
+
+    name: str = "fake"
+    metric: str = "accuracy"
+    direction: str = "max"
+    scored: list[tuple[str, str]] = field(default_factory=list)
+    graph: Graph = GRAPH
+    weights: float = 0.5
+
+    def quality_of(self, policy: Policy) -> float:
+        """The metric: falls from 0.95 with the damage, or rises from 0.05 where lower is better."""
+        lost = damage(policy, self.graph)
+        return 0.95 * math.exp(-lost) if self.direction == "max" else 0.05 + lost
+
+    def score(self, model: Any, split: str) -> float:
+        """A different but fixed number on `test`."""
+        self.scored.append((split, model.policy.key()))
+        return self.quality_of(model.policy) - (0.01 if split == "test" else 0.0)
+
+    def count(self, split: str) -> int:
+        """How often `split` was read."""
+        return sum(1 for name, _ in self.scored if name == split)
+
+
+Progress = Callable[[int, int], None]
+Fault = Callable[[Policy, int], str | None]
+"""(policy, rung) -> "raise", "nan", "kill" or None."""
+
+
+class FakeEvaluator:
+    """Has what `Study` uses of `Evaluator`; sizes and files are real, tensors are zeros, quality is a formula."""
+
+    def __init__(
+        self,
+        task: FakeTask | None = None,
+        *,
+        seed: int = 0,
+        dense_ms: float | None = None,
+        fault: Fault | None = None,
+        kill_at: int | None = None,
+    ) -> None:
+        """`fault` decides what goes wrong with a policy; the `kill_at`-th evaluation (from 0) kills the process."""
+        self.task, self.seed = task or FakeTask(), seed
+        self.graph = self.task.graph
+        state = {name: torch.full(shape, self.task.weights) for name, (shape, _) in self.graph.tensors.items()}
+        self.bench = SimpleNamespace(state=state)
+        self.size = Size(self.graph, self.task.name, self.task.metric)
+        self.fault, self.kill_at = fault or (lambda *_: None), kill_at
+        self.calls: list[tuple[Policy, int, Path | None]] = []
+        ms = DENSE_MS if dense_ms is None else dense_ms
+        self.dense = Measurement(
+            self.graph.dense_bytes, self.graph.dense_macs, self.task.quality_of(Policy(recovery=Recovery())), 0.0, ms
+        )
+
+    def predict(self, policy: Policy) -> Measurement:
+        """Exact bytes and multiply-accumulates."""
+        self.graph.check(policy)
+        return Measurement(self.size(policy), self.graph.macs(policy))
+
+    def __call__(
+        self, policy: Policy, rung: int = 0, keep: Path | None = None, progress: Progress | None = None
+    ) -> Evaluation:
+        """Measure `policy` like the real evaluator: what goes wrong is a `failed` evaluation."""
+        fault = "kill" if len(self.calls) == self.kill_at else self.fault(policy, rung)
+        self.calls.append((policy, rung, keep))
+        if fault == "kill":
+            raise Killed
+        start = time.perf_counter()
+        try:
+            if fault == "raise":
+                raise ValueError("made to fail")
+            compressed, model = self.build(policy)
+            for step in range(1, 1 + 2 * policy.recovery.epochs):
+                if progress is not None:
+                    progress(step, 2 * policy.recovery.epochs)
+            quality = self.quality(model)
+            if fault == "nan":
+                raise FloatingPointError("accuracy is nan")
+            known = self.predict(policy)
+            ms = self.dense.latency_ms * known.macs / self.dense.macs
+            measured = Measurement(known.bytes, known.macs, quality.score, quality.loss, ms)
+            if keep is not None:
+                write(keep, self.pack(compressed, quality.score))
+        except (ValueError, FloatingPointError):
+            seconds = time.perf_counter() - start
+            return Evaluation(policy, self.seed, rung, "failed", error=traceback.format_exc(limit=-6), seconds=seconds)
+        return Evaluation(policy, self.seed, rung, "ok", measured, seconds=time.perf_counter() - start)
+
+    def build(self, policy: Policy) -> tuple[FakeModel, FakeModel]:
+        """The policy stands for its tensors and for its model."""
+        return FakeModel(policy), FakeModel(policy)
+
+    def quality(self, model: FakeModel) -> Quality:
+        """One reading of `val`."""
+        return Quality(self.task.score(model, "val"), damage(model.policy, self.graph))
+
+    def pack(self, compressed: FakeModel, quality: float) -> bytes:
+        """A real, readable file of exactly the predicted length."""
+        header = self.size.header(compressed.policy)
+        return pack(header, {entry.name: _zeros(entry) for entry in header.entries}, quality)
+
+    def reload(self, path: Path) -> tuple[Artifact, FakeModel]:
+        """The file at `path` and the model it describes."""
+        artifact = read(path)
+        return artifact, FakeModel(artifact.header.policy)
+
+
+def _zeros(entry: Entry) -> Stored:
+    mask = None
+    if entry.coding == "bitmask":
+        mask = (torch.arange(prod(entry.shape)) < entry.count).reshape(entry.shape)
+    if entry.kind == "quantised":
+        zero = torch.full(entry.shape[:1], 2 ** (entry.bits - 1), dtype=torch.uint8)
+        codes = torch.full(entry.shape, 2 ** (entry.bits - 1), dtype=torch.uint8)
+        return Quantised(codes, torch.ones(entry.shape[:1]), zero, entry.bits, entry.symmetric, mask)
+    if entry.kind == "raw":
+        return Raw(torch.zeros(entry.shape, dtype=getattr(torch, entry.dtype)))
+    return (Half if entry.kind == "half" else Full)(torch.zeros(entry.shape), mask)
+
+
+def evaluation(
+    quality: float = 0.9,
+    size: int = 1000,
+    ms: float = 1.0,
+    *,
+    bits: int = 8,
+    status: str = "ok",
+    rung: int = 0,
+    copy_of: int | None = None,
+) -> Evaluation:
+    """An evaluation made by hand, of a policy that names the fake network's first layer."""
+    policy = Policy({"conv1": LayerChoice(bits)})
+    measured = None if status == "failed" else Measurement(size, 10_000, quality, 1.0 - quality, ms)
+    return Evaluation(
+        policy,
+        0,
+        rung,
+        status,
+        measured,
+        error="it broke" if status == "failed" else "",
+        copy_of=copy_of,  # type: ignore[arg-type]
+    )
+
+
+# --- whole runs ---
+
+BLOBS = """
+import torch
+from torch import nn
+
+from autocompress import ClassificationTask
+
+
+def task():
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(700, 16, generator=draw)
+    targets = (inputs @ torch.randn(16, 4, generator=draw)).argmax(dim=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(60):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs[:400]), targets[:400]).backward()
+            optimizer.step()
+    splits = [(inputs[part], targets[part]) for part in (slice(400), slice(400, 550), slice(550, 700))]
+    return ClassificationTask(model.eval(), *splits, name="blobs", batch_size=100)
+"""
+"""A task file: a small network on random, separable data."""
+
+Row = dict[str, Any]
+
+
+class World:
+    """A folder for runs, and the task and evaluator that `search` gets."""
+
+    def __init__(self, folder: Path) -> None:
+        self.run, self.space = folder / "run", folder / "space.toml"
+        self.space.write_text(SPACE_TEXT)
+        self.task = FakeTask()
+        self.fault: Fault | None = None
+        self.kill_at: int | None = None
+        self.evaluators: list[FakeEvaluator] = []
+
+    def install(self, patch: pytest.MonkeyPatch) -> World:
+        """Make `search` use the fakes for as long as `patch` holds."""
+        patch.setattr(study, "load_task", lambda *_, **__: self.task)
+        patch.setattr(study, "Evaluator", lambda *given, **named: self.make(*given, **named))
+        return self
+
+    def make(self, task: FakeTask, *, seed: int, dense_ms: float | None) -> FakeEvaluator:
+        self.evaluators.append(
+            FakeEvaluator(task, seed=seed, dense_ms=dense_ms, fault=self.fault, kill_at=self.kill_at)
+        )
+        return self.evaluators[-1]
+
+    def settings(self, **given: Any) -> Settings:
+        plain = {"task": "fake", "budgets": ("1.5kB",), "space": str(self.space), "controller": "random", "trials": 20}
+        return Settings(**(plain | given))
+
+    def search(self, *, resume: bool = False, folder: Path | None = None, **given: Any) -> Outcome:
+        """`search` with settings and arguments mixed."""
+        other = {name: given.pop(name) for name in ("timeout", "watch", "started") if name in given}
+        return search(self.settings(**given), folder or self.run, resume=resume, **other)
+
+    def killed(self, at: int, **given: Any) -> None:
+        """A part of a run that dies at its evaluation number `at`."""
+        self.kill_at = at
+        with pytest.raises(Killed):
+            self.search(**given)
+        self.kill_at = None
+
+    def trials(self, folder: Path | None = None) -> list[Trial]:
+        with Journal.reading(folder or self.run) as journal:
+            return journal.trials()
+
+    def rows(self, folder: Path | None = None) -> list[Row]:
+        """The journal without timings."""
+        return [
+            t.evaluation.to_json()
+            | {"number": t.number, "policy": t.evaluation.policy.to_json(), "artifact": t.artifact}
+            | {"test": repr(t.quality_test), "seconds": 0, "error": bool(t.evaluation.error)}
+            for t in self.trials(folder)
+        ]
+
+    @property
+    def calls(self) -> list[tuple[Policy, int, Path | None]]:
+        return [call for evaluator in self.evaluators for call in evaluator.calls]

@@ -1,0 +1,278 @@
+"""The report of a run in any state: complete, self-contained, and with the run's names as mere text."""
+
+from __future__ import annotations
+
+import csv
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fakes import FakeTask, World, make_graph
+
+from autocompress.errors import AutocompressError
+from autocompress.front import Trial
+from autocompress.journal import Journal
+from autocompress.report.plots import front_png
+from autocompress.report.tables import COLUMNS, Run, row, summary, table
+from autocompress.report.write import write_report
+from autocompress.trial import Budget
+
+FILES = ("report.html", "front.png", "front.csv", "trials.csv")
+SCRIPT = "<script>alert(1)</script>"
+
+
+class Page(HTMLParser):
+    """Attributes of all tags, text outside and inside scripts."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.scripts = "", [""]
+        self._in = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._in = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        del tag
+        self._in = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._in == "script":
+            self.scripts[-1] += data
+        else:
+            self.text += data
+
+
+def page(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run with its report; to be read only."""
+    with pytest.MonkeyPatch.context() as patch:
+        world = World(tmp_path_factory.mktemp("finished")).install(patch)
+        world.search()
+        return write_report(world.run)
+
+
+# --- any state of a run ---
+
+
+def test_finished_run_gets_every_file(finished: Run) -> None:
+    assert all((finished.folder / name).stat().st_size > 0 for name in FILES)
+    assert (finished.folder / "front.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert finished.picked is not None
+    text = page(finished.folder).text
+    assert f"Trial {finished.picked.number}" in text
+    assert f"{finished.picked.measured.bytes:,} bytes" in text
+
+
+def test_no_temporary_file_is_left(finished: Run) -> None:
+    assert not [path for path in finished.folder.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+
+
+def test_running_run_is_reported_while_its_process_holds_it(world: World) -> None:
+    world.killed(7)  # trial 7 is still marked as running
+    with Journal.writing(world.run):
+        run = write_report(world.run)
+    assert run.evaluations == 7
+    assert len(rows_of(world.run / "trials.csv")) == 7
+    assert all((world.run / name).exists() for name in FILES)
+
+
+def test_run_without_trials_is_reported(world: World) -> None:
+    world.killed(0)
+    run = write_report(world.run)
+    assert (run.front, run.picked, run.nearest) == ([], None, None)
+    assert "No trial has been measured yet" in page(world.run).text
+    assert rows_of(world.run / "front.csv") == []
+    json.dumps(summary(run), allow_nan=False)
+
+
+def test_run_whose_trials_all_failed_is_reported(world: World) -> None:
+    world.fault = lambda *_: "raise"
+    world.search(trials=5)
+    run = write_report(world.run)
+    text = page(world.run).text
+    assert "5 failed" in text
+    assert "made to fail" in text
+    assert summary(run)["failed"] == 5
+
+
+def test_run_in_which_nothing_fits_names_the_nearest(world: World) -> None:
+    world.search(budgets=("1us",))
+    run = write_report(world.run)
+    assert run.picked is None
+    assert run.nearest is not None
+    assert f"Nearest: trial {run.nearest.number}" in page(world.run).text
+    assert run.front
+    assert not any(r["feasible"] for r in summary(run)["front"])
+    assert summary(run)["picked"] is None
+    assert (world.run / "front.png").exists()
+
+
+def test_metric_to_minimise_is_reported(world: World) -> None:
+    world.task = FakeTask(direction="min", metric="perplexity")
+    world.search()
+    run = write_report(world.run)
+    assert run.picked is not None
+    assert run.picked.measured.quality == min(t.measured.quality for t in run.front)
+    assert "perplexity" in page(world.run).text
+
+
+def test_run_of_one_trial_is_reported(world: World) -> None:
+    world.search(trials=1, epochs=0)
+    assert len(write_report(world.run).front) == 1
+
+
+def test_run_that_ended_before_its_facts_were_written_says_how_to_go_on(world: World) -> None:
+    world.killed(0)
+    for path in world.run.glob("journal*"):
+        path.unlink()
+    with Journal.writing(world.run):
+        pass
+    with pytest.raises(AutocompressError, match=f"--resume {world.run}"):
+        write_report(world.run)
+
+
+def test_damaged_artifact_does_not_spoil_the_report(world: World) -> None:
+    world.search()
+    for path in (world.run / "artifacts").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    write_report(world.run)
+    assert (world.run / "report.html").exists()
+
+
+def test_report_is_the_same_when_written_again(finished: Run) -> None:
+    before = {name: (finished.folder / name).read_bytes() for name in ("front.csv", "trials.csv")}
+    write_report(finished.folder)
+    assert before == {name: (finished.folder / name).read_bytes() for name in before}
+
+
+# --- tables ---
+
+
+def test_front_csv_equals_the_json_rows(finished: Run) -> None:
+    found = rows_of(finished.folder / "front.csv")
+    assert (finished.folder / "front.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    expected = summary(finished)["front"]
+    assert len(found) == len(expected) > 1
+    for a, b in zip(found, expected, strict=True):
+        assert list(b) == list(COLUMNS)
+        for name, kind in COLUMNS.items():
+            value = float(a[name]) if kind in ("int64", "float64") else a[name]
+            assert value == (str(b[name]) if kind in ("bool", "str") else b[name]), name
+
+
+def test_trials_csv_has_every_measured_trial(finished: Run) -> None:
+    measured = [t.number for t in finished.trials if t.evaluation.status == "ok"]
+    assert [int(r["trial"]) for r in rows_of(finished.folder / "trials.csv")] == measured
+
+
+def test_tables_are_typed_even_when_empty() -> None:
+    empty = table([], Budget())
+    assert list(empty.columns) == list(COLUMNS)
+    assert [str(kind) for kind in empty.dtypes[["trial", "quality_val", "feasible"]]] == ["int64", "float64", "bool"]
+
+
+def test_unknown_test_quality_is_empty_in_csv_and_null_in_json(world: World) -> None:
+    world.killed(7)
+    run = write_report(world.run)
+    assert all(r["quality_test"] == "" for r in rows_of(world.run / "front.csv"))
+    assert all(r["quality_test"] is None for r in summary(run)["front"])
+
+
+def test_feasible_says_whether_the_budget_holds(world: World) -> None:
+    world.search(budgets=("1.2ms",))
+    run = write_report(world.run)
+
+    def fits(trial: Trial) -> bool:
+        return bool(row(trial, run.budget)["feasible"])
+
+    ok = [t for t in run.trials if t.evaluation.status == "ok"]
+    assert [fits(t) for t in ok] == [t.measured.latency_ms <= 1.2 for t in ok]
+
+
+# --- the page is self-contained ---
+
+
+def test_page_loads_nothing(finished: Run) -> None:
+    for tag, attributes in page(finished.folder).tags:
+        assert tag not in ("link", "iframe", "img", "object", "embed"), tag
+        assert not {"src", "srcset", "href"} & set(attributes), (tag, attributes)
+
+
+def test_page_holds_plotly_once(finished: Run) -> None:
+    bundles = [script for script in page(finished.folder).scripts if "plotly.js v" in script]
+    assert len(bundles) == 1
+    plots = [script for script in page(finished.folder).scripts if "Plotly.newPlot" in script and script not in bundles]
+    assert len(plots) == 4
+
+
+# --- names are text ---
+
+
+def hostile(world: World, text: str) -> Run:
+    """A finished run whose every name is `text`."""
+    world.task = FakeTask(name=text, metric=text, graph=make_graph(lambda name: f"{name}{text}".replace(".", "")))
+    world.search(task=text, trials=12)
+    return write_report(world.run)
+
+
+NASTY = SCRIPT + '"><img src=x onerror=alert(1)></script><b>x</b>{{ 7 * 7 }} &lt;'
+
+
+def test_names_are_escaped_in_the_page_and_in_the_figures(world: World) -> None:
+    """Plotly shows a few tags of its texts as markup, so `<` must reach it as an entity."""
+    hostile(world, NASTY)
+    found = page(world.run)
+    source = (world.run / "report.html").read_text(encoding="utf-8")
+    assert SCRIPT not in source
+    assert found.text.count(NASTY) >= 3  # title, heading, sentence
+    assert not {"img", "b"} & {tag for tag, _ in found.tags}
+    plots = [script for script in found.scripts if "newPlot" in script and "plotly.js v" not in script]
+    assert len(plots) == 4
+    assert not any("<b>x" in script or "\\u003cb\\u003ex" in script for script in plots)
+    assert any("conv1&lt;script" in script or "conv1\\u0026lt;script" in script for script in plots)
+
+
+@pytest.mark.parametrize("text", ["$x$", "$\\frac{$", "$", "a_b^{c", "\\", "{}%s%", "\u6570\u5b57"])
+def test_names_are_mere_text_in_the_picture(world: World, text: str) -> None:
+    world.task = FakeTask(name=text, metric=text)
+    world.search(task=text, trials=3, epochs=0)
+    assert front_png(Run.read(world.run)).startswith(b"\x89PNG")
+
+
+def test_names_do_not_become_formulas_in_csv(world: World) -> None:
+    hostile(world, "=cmd()")
+    for name in ("front.csv", "trials.csv"):
+        for found in rows_of(world.run / name):
+            for column, value in found.items():
+                if COLUMNS[column] == "str":
+                    assert not value.startswith(("=", "+", "-", "@")), (name, column)
+
+
+def test_error_texts_are_escaped(world: World) -> None:
+    world.fault = lambda *_: "raise"
+    world.task = FakeTask(name=SCRIPT)
+    world.search(trials=3)
+    with Journal.writing(world.run) as journal:
+        number = len(journal.trials())
+        failed = journal.trials()[0].evaluation
+        journal.begin(number, failed.policy, 0)
+        journal.finish(number, type(failed)(failed.policy, 0, 0, "failed", error=SCRIPT))
+    write_report(world.run)
+    assert SCRIPT not in (world.run / "report.html").read_text()
+    assert SCRIPT in page(world.run).text

@@ -1,0 +1,477 @@
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autocompress.errors import SpaceError
+from autocompress.graph import Graph, Group, Layer, Member
+from autocompress.measure.size import Size
+from autocompress.policy import LayerChoice, Policy, Recovery
+from autocompress.space import Ordered, Parameter, Real, Space, SpaceFile, Value, load_space, parse_space, shipped
+
+SHIPPED = shipped()
+
+
+def each(channels: int, per_channel: int = 1) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(range(c * per_channel, (c + 1) * per_channel)) for c in range(channels))
+
+
+def make_graph() -> Graph:
+    """conv 3 -> 16, norm, conv 16 -> 24, linear 24 -> 10; written down, so that no tracer is needed."""
+    layers = (
+        Layer("stem.conv", "conv2d", (16, 3, 3, 3), positions=64, batch_norm="stem.norm"),
+        Layer("body.conv", "conv2d", (24, 16, 3, 3), positions=16, has_bias=True),
+        Layer("head", "linear", (10, 24), has_bias=True),
+    )
+    norm = {f"stem.norm.{key}": ((16,), "float32") for key in ("weight", "bias", "running_mean", "running_var")}
+    tensors = {
+        "stem.conv.weight": ((16, 3, 3, 3), "float32"),
+        **norm,
+        "body.conv.weight": ((24, 16, 3, 3), "float32"),
+        "body.conv.bias": ((24,), "float32"),
+        "head.weight": ((10, 24), "float32"),
+        "head.bias": ((10,), "float32"),
+    }
+    stem = [Member(name, 0, each(16)) for name in ("stem.conv.weight", *norm)]
+    groups = (
+        Group("stem.conv", 16, (*stem, Member("body.conv.weight", 1, each(16)))),
+        Group(
+            "body.conv",
+            24,
+            (
+                Member("body.conv.weight", 0, each(24)),
+                Member("body.conv.bias", 0, each(24)),
+                Member("head.weight", 1, each(24)),
+            ),
+        ),
+        Group("head", 10, (Member("head.weight", 0, each(10)), Member("head.bias", 0, each(10))), "the model's output"),
+    )
+    return Graph(layers, groups, tensors, dense_bytes=4 * 4_226)
+
+
+GRAPH = make_graph()
+SIZE = Size(GRAPH, "task", "accuracy")
+
+
+def space(text: str = "", graph: Graph = GRAPH) -> Space:
+    return Space(parse_space(text, "my.toml"), graph)
+
+
+def value_of(parameter: Parameter, draw: random.Random) -> Value:
+    if isinstance(parameter, Real):
+        return draw.uniform(parameter.low, parameter.high)
+    if isinstance(parameter, Ordered):
+        return draw.randrange(len(parameter.values))
+    return draw.choice(parameter.values)
+
+
+def random_policy(space: Space, seed: int, epochs: int = 0) -> Policy:
+    draw = random.Random(seed)
+    return space.decode(
+        {p.name: value_of(p, draw) for p in space.policy_parameters + space.recovery_parameters}, epochs
+    )
+
+
+# --- files that come along ----------------------------------------------------------------------------------
+
+
+def test_the_shipped_spaces_are_these() -> None:
+    assert SHIPPED == ["default", "distill", "int8", "mixed-precision", "prune-only", "structured", "tiny"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_space_loads_and_leaves_choices_open(name: str) -> None:
+    built = Space(load_space(name), GRAPH)
+    assert built.file.description
+    assert built.policy_parameters
+    assert built.recovery_parameters
+    for policy in (built.smallest(), built.uniform(), *built.baselines()):
+        GRAPH.check(policy)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_parameter_names_are_unique_and_values_are_several(name: str) -> None:
+    built = Space(load_space(name), GRAPH)
+    parameters = built.policy_parameters + built.recovery_parameters
+    assert len({p.name for p in parameters}) == len(parameters)
+    for parameter in parameters:
+        assert parameter.low < parameter.high if isinstance(parameter, Real) else len(set(parameter.values)) > 1
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_space_can_write_less_than_a_dense_file(name: str) -> None:
+    assert SIZE(Space(load_space(name), GRAPH).smallest()) < GRAPH.dense_bytes
+
+
+def test_a_space_is_read_from_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text("[layers]\nbits = [4, 8]\n")
+    assert load_space(str(path)).layers.bits == [4, 8]
+    assert load_space(str(path)).channels.keep == [1.0]
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(SpaceError, match=r"no search space 'defualt'.*default, distill, int8"):
+        load_space("defualt")
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SpaceError, match="cannot read the search space"):
+        load_space(str(path))
+
+
+def test_a_folder_is_no_space(tmp_path: Path) -> None:
+    with pytest.raises(SpaceError, match="no search space"):
+        load_space(str(tmp_path))
+
+
+# --- files that are wrong -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("bits = [4]", ["unknown key 'bits'", "layers, channels, batch_norm, recovery, override"]),
+        ("[layer]\nbits = [4]", ["unknown key 'layer'", "did you mean 'layers'?"]),
+        ("[layers]\nbit = [4]", ["unknown key 'layers.bit'", "did you mean 'bits'?", "bits, sparsity, scheme"]),
+        ("[channels]\nratio = [1.0]", ["unknown key 'channels.ratio'", "keep, criterion, multiple_of"]),
+        ("[recovery]\nepochs = 3", ["unknown key 'recovery.epochs'", "lr, decay"]),
+        (
+            '[[override]]\nmatch = "a"\nscheme = ["symmetric"]',
+            ["unknown key 'override.0.scheme'", "match, bits, sparsity, keep"],
+        ),
+        ("[layers]\nbits = []", ["layers.bits = []", "at least 1 item"]),
+        ("[layers]\nsparsity = []", ["layers.sparsity = []", "at least 1 item"]),
+        ("[layers]\nscheme = []", ["layers.scheme = []", "at least 1 item"]),
+        ("[channels]\nkeep = []", ["channels.keep = []", "at least 1 item"]),
+        ("[channels]\ncriterion = []", ["channels.criterion = []", "at least 1 item"]),
+        ("[batch_norm]\nfold = []", ["batch_norm.fold = []", "at least 1 item"]),
+        ("[recovery]\ndecay = []", ["recovery.decay = []", "at least 1 item"]),
+        ("[recovery]\nlr = []", ["recovery.lr = []", "give [low, high]"]),
+        ("[layers]\nbits = 4", ["layers.bits = 4", "list"]),
+        ('[layers]\nbits = ["four"]', ["layers.bits.0 = 'four'", "integer"]),
+        ("[layers]\nbits = [4.5]", ["layers.bits.0 = 4.5", "integer"]),
+        ('[layers]\nsparsity = "half"', ["layers.sparsity = 'half'", "list"]),
+        ("layers = 3", ["layers = 3"]),
+        ("[layers]\nscheme = [1]", ["layers.scheme.0 = 1", "'symmetric' or 'asymmetric'"]),
+        ('[batch_norm]\nfold = ["maybe"]', ["batch_norm.fold.0 = 'maybe'", "boolean"]),
+        ("[layers]\nbits = [4, 9]", ["layers.bits = [4, 9]", "9 is not among 2, 3, 4, 5, 6, 7, 8, 16, 32"]),
+        ("[layers]\nsparsity = [0.0, 1.0]", ["layers.sparsity.1 = 1.0", "less than 1"]),
+        ("[layers]\nsparsity = [-0.1]", ["layers.sparsity.0 = -0.1", "greater than or equal to 0"]),
+        ("[layers]\nsparsity = [nan]", ["layers.sparsity.0 = nan"]),
+        ('[layers]\nscheme = ["linear"]', ["layers.scheme.0 = 'linear'", "'symmetric' or 'asymmetric'"]),
+        ("[channels]\nkeep = [0.0]", ["channels.keep.0 = 0.0", "greater than 0"]),
+        ("[channels]\nkeep = [1.5]", ["channels.keep.0 = 1.5", "less than or equal to 1"]),
+        ('[channels]\ncriterion = ["random"]', ["channels.criterion.0 = 'random'", "'l1', 'l2', 'taylor'"]),
+        ("[channels]\nmultiple_of = 0", ["channels.multiple_of = 0", "greater than or equal to 1"]),
+        ("[recovery]\nlr = [0.1, 0.01]", ["recovery.lr = [0.1, 0.01]", "low <= high"]),
+        ("[recovery]\nlr = [0.1]", ["recovery.lr = [0.1]", "give [low, high]"]),
+        ("[recovery]\nlr = [0.0, 0.1]", ["recovery.lr.0 = 0.0", "greater than 0"]),
+        ("[recovery]\nlr = [0.1, 100.0]", ["recovery.lr", "100"]),
+        ("[recovery]\nlr = [0.1, inf]", ["recovery.lr", "inf"]),
+        ("[recovery]\ntemperature = [1.0, inf]", ["recovery.temperature", "inf"]),
+        ("[recovery]\nhint_weight = [0.0, inf]", ["recovery.hint_weight", "inf"]),
+        ("[recovery]\ndistill_weight = [0.0, 1.5]", ["recovery.distill_weight.1 = 1.5", "less than or equal to 1"]),
+        ("[recovery]\ndecay_rate = [0.0, 0.5]", ["recovery.decay_rate.0 = 0.0", "greater than 0"]),
+        ("[recovery]\nadjust_factor = [0.0]", ["recovery.adjust_factor.0 = 0.0", "greater than 0"]),
+        ("[recovery]\nadjust_patience = [-1]", ["recovery.adjust_patience.0 = -1", "greater than or equal to 0"]),
+        ('[[override]]\nmatch = "a"\nbits = [1]', ["override.0.bits = [1]", "1 is not among"]),
+        ("[[override]]\nbits = [4]", ["override.0.match", "required"]),
+        ("override = 1", ["override = 1", "list"]),
+    ],
+)
+def test_a_wrong_file_is_refused_by_file_key_and_value(text: str, named: list[str]) -> None:
+    with pytest.raises(SpaceError) as caught:
+        parse_space(text, "my.toml")
+    message = str(caught.value)
+    assert message.startswith("my.toml: ")
+    assert "\n" not in message
+    for part in named:
+        assert part in message
+
+
+@pytest.mark.parametrize("text", ["[layers", "bits = ", "[layers]\nbits = [4]\nbits = [8]", "\x00", "a = 2000-13-01"])
+def test_what_is_no_toml_is_refused_with_its_place(text: str) -> None:
+    with pytest.raises(SpaceError, match=r"my\.toml is not TOML: .*line 1|line \d|end of document"):
+        parse_space(text, "my.toml")
+
+
+# --- choices ------------------------------------------------------------------------------------------------
+
+
+def test_only_open_choices_become_parameters() -> None:
+    assert space().policy_parameters == ()
+    assert space().recovery_parameters == ()
+    built = space("[layers]\nbits = [8, 4]\n[recovery]\nlr = [0.01, 0.1]\n")
+    assert built.policy_parameters == tuple(
+        Ordered(f"bits/{name}", (4, 8)) for name in ("stem.conv", "body.conv", "head")
+    )
+    assert built.recovery_parameters == (Real("recovery/lr", 0.01, 0.1, log=True),)
+
+
+def test_frozen_groups_get_no_choice() -> None:
+    built = space("[channels]\nkeep = [0.5, 1.0]\n")
+    assert set(built.keep) == {"stem.conv", "body.conv"}
+
+
+def test_a_criterion_matters_only_where_channels_may_go() -> None:
+    text = '[channels]\ncriterion = ["l1", "l2"]\n'
+    assert space(text).policy_parameters == ()
+    assert [p.name for p in space(text + "keep = [0.5, 1.0]\n").policy_parameters][-1] == "criterion"
+
+
+def test_ordered_choices_are_sorted_from_the_smallest_file_up_without_repeats() -> None:
+    built = space(
+        "[layers]\nbits = [8, 2, 8, 4]\nsparsity = [0.0, 0.5, 0.9, 0.5]\n[channels]\nkeep = [1.0, 0.5, 0.5]\n"
+    )
+    assert built.bits["head"] == (2, 4, 8)
+    assert built.sparsity["head"] == (0.9, 0.5, 0.0)
+    assert built.keep["body.conv"] == (0.5, 1.0)
+
+
+def test_absent_parameters_take_the_densest_choice() -> None:
+    built = space("[layers]\nbits = [8, 2]\nsparsity = [0.0, 0.5]\n[channels]\nkeep = [1.0, 0.5]\n")
+    assert built.decode({}) == built.uniform()
+    assert built.decode({"bits/head": 0}).layers["head"] == LayerChoice(2, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("step", "counts"),
+    [(1, [4, 9, 16]), (2, [4, 10, 16]), (4, [4, 8, 16]), (8, [8, 16]), (16, [16]), (64, [16])],
+)
+def test_widths_are_rounded_to_multiples(step: int, counts: list[int]) -> None:
+    built = space(f"[channels]\nkeep = [0.2501, 0.58, 1.0]\nmultiple_of = {step}\n")
+    assert [round(ratio * 16) for ratio in built.keep["stem.conv"]] == counts
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 64), st.lists(st.floats(0.01, 1), min_size=1, max_size=4), st.integers(2, 300))
+def test_the_graph_keeps_as_many_channels_as_the_space_meant(step: int, ratios: list[float], channels: int) -> None:
+    group = Group("g", channels, (Member("g.weight", 0, each(channels)), Member("h.weight", 1, each(channels))))
+    tensors = {"g.weight": ((channels, 3), "float32"), "h.weight": ((2, channels), "float32")}
+    graph = Graph((Layer("g", "linear", (channels, 3)), Layer("h", "linear", (2, channels))), (group,), tensors, 1)
+    built = space(f"[channels]\nkeep = {ratios}\nmultiple_of = {step}\n", graph)
+    for ratio in built.keep["g"]:
+        (kept,) = graph.kept(Policy(keep={"g": ratio})).values()
+        assert kept == channels or kept % step == 0
+        assert 1 <= kept <= channels
+
+
+# --- overrides ----------------------------------------------------------------------------------------------
+
+
+def test_overrides_apply_by_glob_and_the_last_one_wins() -> None:
+    built = space(
+        "[layers]\nbits = [4]\n"
+        '[[override]]\nmatch = "*.conv"\nbits = [2, 3]\nkeep = [0.5]\n'
+        '[[override]]\nmatch = "stem*"\nbits = [8]\nsparsity = [0.3]\n'
+    )
+    assert built.bits == {"stem.conv": (8,), "body.conv": (2, 3), "head": (4,)}
+    assert built.sparsity == {"stem.conv": (0.3,), "body.conv": (0.0,), "head": (0.0,)}
+    assert built.keep == {"stem.conv": (0.5,), "body.conv": (0.5,)}
+
+
+def test_an_override_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(SpaceError) as caught:
+        space('[[override]]\nmatch = "tail.*"\nbits = [8]\n')
+    assert "override match = 'tail.*' matches no layer and no channel group" in str(caught.value)
+    assert "stem.conv, body.conv, head" in str(caught.value)
+
+
+def test_globs_are_case_sensitive() -> None:
+    with pytest.raises(SpaceError, match="matches no layer"):
+        space('[[override]]\nmatch = "HEAD"\nbits = [8]\n')
+
+
+# --- points and policies --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SHIPPED), st.integers(0, 10**6), st.sampled_from([0, 1, 5]))
+def test_encoding_and_decoding_are_inverse(name: str, seed: int, epochs: int) -> None:
+    built = Space(load_space(name), GRAPH)
+    policy = random_policy(built, seed, epochs)
+    assert policy.recovery.epochs == epochs
+    assert built.decode(built.encode(policy), epochs) == policy
+    GRAPH.check(policy)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SHIPPED), st.integers(0, 10**6))
+def test_recovery_parameters_matter_only_with_epochs(name: str, seed: int) -> None:
+    built = Space(load_space(name), GRAPH)
+    recovery = random_policy(built, seed).recovery
+    assert replace_bn(recovery) == Recovery()
+
+
+def replace_bn(recovery: Recovery) -> Recovery:
+    values = {name: getattr(recovery, name) for name in Recovery.__dataclass_fields__}
+    return Recovery(**(values | {"reestimate_bn": True, "fold_bn": True}))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SHIPPED), st.integers(0, 10**6))
+def test_recovery_is_added_to_a_policy_that_stays(name: str, seed: int) -> None:
+    built = Space(load_space(name), GRAPH)
+    parent, donor = random_policy(built, seed), random_policy(built, seed + 1, epochs=4)
+    point = {p.name: built.encode(donor)[p.name] for p in built.recovery_parameters}
+    child = built.with_recovery(parent, point, epochs=4)
+    assert (child.layers, child.keep, child.criterion) == (parent.layers, parent.keep, parent.criterion)
+    assert child.recovery.fold_bn == parent.recovery.fold_bn
+    assert child.recovery.reestimate_bn == parent.recovery.reestimate_bn
+    assert child.recovery.lr == donor.recovery.lr
+    assert child.recovery.epochs == 4
+
+
+def test_a_policy_outside_the_space_has_no_point() -> None:
+    built = space("[layers]\nbits = [4, 8]\n")
+    with pytest.raises(SpaceError, match=r"bits/stem\.conv = 2 is not in the search space: \[4, 8\]"):
+        built.encode(built.uniform().__class__({name: LayerChoice(2) for name in built.bits}))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_uniform_policy_is_the_nearest_allowed(name: str) -> None:
+    built = Space(load_space(name), GRAPH)
+    policy = built.uniform(bits=4, sparsity=0.5, keep=0.75)
+    for layer, choice in policy.layers.items():
+        assert abs(choice.bits - 4) == min(abs(bits - 4) for bits in built.bits[layer])
+        assert abs(choice.sparsity - 0.5) == min(abs(zeros - 0.5) for zeros in built.sparsity[layer])
+    for group, ratio in policy.keep.items():
+        assert abs(ratio - 0.75) == min(abs(ratio - 0.75) for ratio in built.keep[group])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_baselines_have_no_repeats_and_end_with_the_smallest(name: str) -> None:
+    built = Space(load_space(name), GRAPH)
+    found = list(built.baselines())
+    assert len(set(found)) == len({p.key() for p in found}) == len(found)
+    assert built.smallest() in found
+    assert len(found) > 1
+
+
+# --- sizes --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SHIPPED), st.integers(0, 10**6))
+def test_nothing_is_smaller_than_the_smallest(name: str, seed: int) -> None:
+    built = Space(load_space(name), GRAPH)
+    smallest, other = built.smallest(), random_policy(built, seed)
+    assert SIZE(smallest) <= SIZE(other)
+    assert GRAPH.macs(smallest) <= GRAPH.macs(other)
+
+
+def thin_graph() -> Graph:
+    """A layer whose rows hold a single weight: a scale per row costs more than the bits save."""
+    layers = (Layer("stem", "linear", (64, 1)), Layer("head", "linear", (2, 64)))
+    tensors = {"stem.weight": ((64, 1), "float32"), "head.weight": ((2, 64), "float32")}
+    return Graph(layers, (), tensors, dense_bytes=4 * 192)
+
+
+@pytest.mark.parametrize("name", ["mixed-precision", "default"])
+def test_nothing_is_smaller_than_the_smallest_for_thin_layers(name: str) -> None:
+    graph = thin_graph()
+    built, size = Space(load_space(name), graph), Size(graph, "task", "r2")
+    assert min(size(random_policy(built, seed)) for seed in range(60)) >= size(built.smallest())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(SHIPPED), st.integers(0, 10**6), st.integers(0, 10**6))
+def test_a_step_down_never_adds_payload(name: str, seed: int, pick: int) -> None:
+    built = Space(load_space(name), GRAPH)
+    policy, lower = step_down(built, seed, pick)
+    assert SIZE.header(lower).payload_bytes <= SIZE.header(policy).payload_bytes
+    assert GRAPH.macs(lower) <= GRAPH.macs(policy)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(SHIPPED), st.integers(0, 10**6), st.integers(0, 10**6))
+def test_a_step_down_adds_at_most_a_few_bytes_of_description(name: str, seed: int, pick: int) -> None:
+    """The file's header describes the policy and is deflated, so its length wanders a little."""
+    policy, lower = step_down(Space(load_space(name), GRAPH), seed, pick)
+    assert SIZE(lower) <= SIZE(policy) + 24
+
+
+def step_down(built: Space, seed: int, pick: int) -> tuple[Policy, Policy]:
+    policy = random_policy(built, seed)
+    point = built.encode(policy)
+    movable = [p.name for p in built.policy_parameters if isinstance(p, Ordered) and int(point[p.name]) > 0]
+    if not movable:
+        return policy, policy
+    name = movable[pick % len(movable)]
+    return policy, built.decode(point | {name: int(point[name]) - 1})
+
+
+def test_a_step_down_never_adds_payload_to_thin_layers() -> None:
+    graph = thin_graph()
+    built, size = Space(load_space("mixed-precision"), graph), Size(graph, "task", "r2")
+    steps = [built.decode({"bits/stem": i, "scheme": "symmetric"}) for i in range(len(built.bits["stem"]))]
+    payloads = [size.header(policy).payload_bytes for policy in steps]
+    assert payloads == sorted(payloads)
+
+
+# --- shrinking ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(SHIPPED), st.integers(0, 10**6), st.floats(0, 1))
+def test_shrinking_reaches_every_reachable_budget(name: str, seed: int, share: float) -> None:
+    built = Space(load_space(name), GRAPH)
+    start = random_policy(built, seed)
+    # the scheme and folding are not stepped, so the floor is the smallest file with the start's
+    floor = built.decode(built.encode(start) | {p.name: 0 for p in built.policy_parameters if isinstance(p, Ordered)})
+    limit = SIZE(floor) + share * max(0, SIZE(start) - SIZE(floor))
+    shrunk = built.shrink(start, lambda p: SIZE(p) / limit - 1, seed)
+    assert SIZE(shrunk) <= limit
+    assert shrunk.criterion == start.criterion
+
+
+def test_shrinking_what_fits_changes_nothing() -> None:
+    built = Space(load_space("default"), GRAPH)
+    for seed in range(5):
+        policy = random_policy(built, seed, epochs=2)
+        assert built.shrink(policy, lambda _: 0.0, seed) == policy
+
+
+@pytest.mark.parametrize("excess", [1.0, math.inf])
+def test_shrinking_to_the_impossible_ends_at_the_bottom(excess: float) -> None:
+    built, calls = Space(load_space("default"), GRAPH), 0
+
+    def never(_: Policy) -> float:
+        nonlocal calls
+        calls += 1
+        return excess
+
+    shrunk = built.shrink(built.uniform(), never, seed=0)
+    steps = sum(len(p.values) - 1 for p in built.policy_parameters if isinstance(p, Ordered))
+    assert calls == steps + 1
+    assert shrunk.layers == built.smallest().layers
+    assert shrunk.keep == built.smallest().keep
+
+
+def test_shrinking_is_decided_by_the_seed() -> None:
+    built = Space(load_space("default"), GRAPH)
+
+    def shrunk(seed: int) -> Policy:
+        return built.shrink(built.uniform(bits=8), lambda p: SIZE(p) / 3000 - 1, seed)
+
+    assert shrunk(1) == shrunk(1)
+    assert len({shrunk(seed) for seed in range(6)}) > 1
+
+
+def test_shrinking_keeps_the_recovery_of_a_trained_policy() -> None:
+    built = Space(load_space("default"), GRAPH)
+    policy = random_policy(built, 3, epochs=2)
+    shrunk = built.shrink(policy, lambda p: SIZE(p) / 2000 - 1, seed=0)
+    assert shrunk.recovery == policy.recovery
+
+
+def test_a_file_can_be_built_without_toml() -> None:
+    built: Any = Space(SpaceFile(), GRAPH)
+    assert built.smallest() == built.uniform()

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from autocompress.stored import Full, Half, Quantised, Raw, from_half, half_exponent, round_to_half, to_half
+
+NEAR_THE_LARGEST = st.lists(
+    st.tuples(st.sampled_from((-1.0, 1.0)), st.floats(2.0**-20, 1.0, exclude_max=True, width=32)),
+    min_size=1,
+    max_size=20,
+)
+MAGNITUDES = st.floats(2.0**-86, 2.0**100, width=32)
+"""Largest values whose exponent is not clamped, up to 1.3e30."""
+
+
+def scaled(pairs: list[tuple[float, float]], largest: float) -> Tensor:
+    return torch.tensor([largest] + [sign * share * largest for sign, share in pairs], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 2, 2), (3,)])
+def test_quantised_values_are_scale_times_code_minus_zero_per_row(shape: tuple[int, ...]) -> None:
+    draw = np.random.default_rng(0)
+    codes = draw.integers(0, 16, shape).astype(np.uint8)
+    scale, zero = draw.normal(size=3).astype(np.float32), np.array([0, 7, 15], dtype=np.uint8)
+    found = Quantised(torch.from_numpy(codes), torch.from_numpy(scale), torch.from_numpy(zero), 4, False).dense()
+    expected = np.stack(
+        [s * (c.astype(np.float32) - np.float32(z)) for s, c, z in zip(scale, codes, zero, strict=True)]
+    )
+    assert found.dtype == torch.float32
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", [Half, Full, Raw])
+def test_unquantised_tensors_are_their_values(kind: type[Half] | type[Full] | type[Raw]) -> None:
+    values = torch.tensor([1.0, -2.0, 0.5])
+    assert torch.equal(kind(values).dense(), values)
+
+
+@settings(max_examples=50, deadline=None)
+@given(NEAR_THE_LARGEST, MAGNITUDES)
+def test_rounding_to_half_twice_changes_nothing(pairs: list[tuple[float, float]], largest: float) -> None:
+    once = round_to_half(scaled(pairs, largest))
+    assert torch.equal(round_to_half(once), once)
+
+
+def test_rounding_twice_changes_nothing_when_the_largest_value_rounds_up_to_a_power_of_two() -> None:
+    once = round_to_half(torch.tensor([1 - 2.0**-13, 2.0**-39]))
+    assert torch.equal(round_to_half(once), once)
+
+
+@settings(max_examples=50, deadline=None)
+@given(NEAR_THE_LARGEST, MAGNITUDES)
+def test_values_near_the_largest_keep_eleven_bits(pairs: list[tuple[float, float]], largest: float) -> None:
+    values = scaled(pairs, largest)
+    exact, found = values.double().numpy(), round_to_half(values).double().numpy()
+    assert np.all(np.abs(found - exact) <= 2.0**-11 * np.abs(exact))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=20))
+def test_half_values_are_numpy_halves_of_the_scaled_values(values: list[float]) -> None:
+    given_values = torch.tensor(values, dtype=torch.float32)
+    halves, exponent = to_half(given_values)
+    expected = np.ldexp(given_values.double().numpy(), exponent).astype(np.float16)
+    np.testing.assert_array_equal(halves.numpy(), expected)
+    np.testing.assert_array_equal(
+        from_half(halves, exponent).numpy(), np.ldexp(expected.astype(np.float64), -exponent).astype(np.float32)
+    )
+
+
+@pytest.mark.parametrize("largest", [1e30, 1e20, 65504.0, 1.0, 6e-8, 1e-20, 1e-30])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_no_magnitude_overflows_or_vanishes(largest: float, sign: float) -> None:
+    found = round_to_half(torch.tensor([sign * largest, 0.0]))
+    assert torch.isfinite(found).all()
+    assert float(found[0]) == pytest.approx(sign * largest, rel=2.0**-11)
+    assert float(found[1]) == 0.0
+
+
+@settings(max_examples=50, deadline=None)
+@given(MAGNITUDES)
+def test_the_exponent_brings_the_largest_value_to_the_top_of_the_format(largest: float) -> None:
+    brought = np.ldexp(np.float64(np.float32(largest)), half_exponent(torch.tensor([largest, -largest / 3])))
+    assert 2.0**14 <= brought < 2.0**15
+
+
+@pytest.mark.parametrize(("largest", "expected"), [(1e-38, 100), (3e38, -100), (1.0, 14), (32768.0, -1)])
+def test_exponents_clamp_at_a_hundred(largest: float, expected: int) -> None:
+    assert half_exponent(torch.tensor([largest])) == expected
+
+
+@pytest.mark.parametrize("values", [torch.zeros(3), torch.zeros(0), torch.zeros(2, 0)])
+def test_nothing_but_zeros_has_exponent_zero(values: Tensor) -> None:
+    assert half_exponent(values) == 0
+    assert torch.equal(round_to_half(values), values)

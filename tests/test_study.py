@@ -1,0 +1,576 @@
+"""The search loop on the fake network: what is evaluated, what is resumed, and which files the front leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import DENSE_MS, TINY_SPACE_TEXT, FakeEvaluator, FakeTask, Killed, Row, World, make_graph
+
+from autocompress import study
+from autocompress.errors import AutocompressError, NothingFits, RunError
+from autocompress.journal import FILE, Journal
+from autocompress.policy import Policy
+from autocompress.study import Outcome, Progress, Settings, Study, search
+
+
+def some_fail(policy: Policy, rung: int) -> str | None:
+    draw = hashlib.sha256(f"{policy.key()}{rung}".encode()).digest()[0]
+    return "raise" if draw % 8 == 0 else "nan" if draw % 8 == 1 else None
+
+
+# --- counting ---
+
+
+def test_as_many_trials_are_evaluated_as_were_asked_for(world: World) -> None:
+    found = world.search(epochs=0)
+    assert len(world.calls) == found.evaluations == 20
+    assert sum(t.evaluation.status == "ok" and t.evaluation.copy_of is None for t in found.trials) == 20
+
+
+def test_failures_count_and_are_kept_with_their_reason(world: World) -> None:
+    world.fault = some_fail
+    found = world.search(epochs=0)
+    failed = [t.evaluation for t in found.trials if t.evaluation.status == "failed"]
+    assert failed
+    assert len(world.calls) == found.evaluations == 20
+    assert all("made to fail" in e.error or "accuracy is nan" in e.error for e in failed)
+
+
+def test_over_budget_is_never_evaluated(world: World) -> None:
+    found = world.search()
+    refused = [t for t in found.trials if t.evaluation.status == "infeasible"]
+    assert refused
+    assert all(t.measured.bytes > 1500 for t in refused)
+    evaluator = world.evaluators[0]
+    assert all(evaluator.predict(policy).bytes <= 1500 for policy, _, _ in world.calls)
+
+
+def test_no_policy_is_measured_twice(world: World) -> None:
+    world.space.write_text(TINY_SPACE_TEXT)
+    found = world.search(trials=7)
+    keys = [policy.key() for policy, _, _ in world.calls]
+    assert len(keys) == len(set(keys))
+    copies = [t for t in found.trials if t.evaluation.copy_of is not None]
+    assert copies
+    for copy in copies:
+        original = found.trials[copy.evaluation.copy_of or 0]
+        assert original.evaluation.copy_of is None
+        assert original.evaluation.policy == copy.evaluation.policy
+        assert original.measured == copy.measured
+
+
+def test_exhausted_space_ends_with_a_warning(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "PATIENCE", 60)
+    world.space.write_text(TINY_SPACE_TEXT)
+    found = world.search(trials=50, epochs=0)
+    assert found.evaluations == 8
+    assert any("exhausted after 8 evaluations" in text for text in found.warnings)
+
+
+def test_all_failed_run_ends_without_a_pick(world: World) -> None:
+    world.fault = lambda *_: "nan"
+    found = world.search()
+    assert (found.picked, found.front, found.evaluations) == (None, (), 20)
+    assert world.task.count("test") == 0
+
+
+def test_metric_to_minimise_is_minimised(world: World) -> None:
+    world.task = FakeTask(direction="min")
+    found = world.search(controller="tpe")
+    assert found.picked is not None
+    assert found.picked.measured.quality == min(t.measured.quality for t in found.front)
+    ordered = [t.measured.quality for t in found.front]
+    assert ordered == sorted(ordered, reverse=True)  # larger files are better
+
+
+# --- ending early ---
+
+
+def test_timeout_ends_the_search(world: World) -> None:
+    found = world.search(timeout=1e-9)
+    assert found.evaluations == 0
+    assert (world.run / FILE).is_file()
+
+
+def test_timeout_leaves_half_to_recovery_and_is_not_passed_by_it(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: clock[0])
+
+    def slow(policy: Policy, rung: int) -> None:
+        del policy
+        clock[0] += 1.0 if rung == 0 else 4.0
+
+    world.fault = slow
+    found = world.search(trials=1000, timeout=20)
+    rungs = [rung for _, rung, _ in world.calls]
+    assert rungs.count(0) == 10
+    assert 1 <= rungs.count(1) <= 3
+    assert found.front
+
+
+def test_stop_ends_after_the_trial_in_flight_and_writes_the_front(world: World) -> None:
+    running: list[Study] = []
+
+    def stop_at_five(policy: Policy, rung: int) -> None:
+        del policy, rung
+        if len(world.calls) == 4:  # the fifth is in flight
+            running[0].stop()
+
+    world.fault = stop_at_five
+    found = world.search(started=running.append)
+    assert found.evaluations == len(world.calls) == 5
+    assert {rung for _, rung, _ in world.calls} == {0}
+    assert found.front
+    assert all((world.run / t.artifact).is_file() for t in found.front)
+
+
+@pytest.mark.parametrize("calls", [4, 20], ids=["one-shot", "recovery"])
+def test_stopped_run_continues_to_the_same_end(world: World, tmp_path: Path, calls: int) -> None:
+    world.search(folder=tmp_path / "whole")
+    world.evaluators.clear()
+    running: list[Study] = []
+
+    def stop(policy: Policy, rung: int) -> None:
+        del policy, rung
+        if len(world.calls) == calls:
+            running[0].stop()
+
+    world.fault = stop
+    world.search(started=running.append)
+    assert len(world.calls) == calls + 1
+    world.search(resume=True)
+    plain = [{**row, "artifact": "", "test": ""} for row in world.rows()]
+    assert plain == [{**row, "artifact": "", "test": ""} for row in world.rows(tmp_path / "whole")]
+
+
+# --- recovery ---
+
+
+def parents_of(found: Outcome) -> list[str]:
+    return [study.one_shot(t.evaluation.policy).key() for t in found.trials if t.evaluation.rung == 1]
+
+
+def test_recovery_trains_front_members_spread_from_smallest_to_largest(world: World) -> None:
+    found = world.search(trials=60, epochs=3)
+    trained = [t for t in found.trials if t.evaluation.rung == 1]
+    shots = [t for t in found.trials if t.evaluation.rung == 0]
+    front = [t.evaluation.policy.key() for t in study.front_of(study.feasible(shots, found.budget), "max")]
+    parents = parents_of(found)
+    assert len(parents) == min(6, len(front))
+    assert parents == [key for key in front if key in parents]  # in the front's order
+    assert parents[0] == front[0]
+    assert parents[-1] == front[-1]
+    assert all(t.evaluation.policy.recovery.epochs == 3 for t in trained)
+
+
+def test_no_parent_is_promoted_twice_even_over_resumes(world: World) -> None:
+    world.search()
+    for trials in (21, 40, 60):
+        found = world.search(resume=True, trials=trials)
+    parents = parents_of(found)
+    assert len(parents) > 2
+    assert len(parents) == len(set(parents))
+
+
+def test_no_epochs_means_no_recovery(world: World) -> None:
+    found = world.search(epochs=0)
+    assert {t.evaluation.rung for t in found.trials} == {0}
+
+
+def test_failed_recovery_is_not_tried_again(world: World) -> None:
+    world.fault = lambda _, rung: "nan" if rung == 1 else None
+    first = world.search()
+    again = world.search(resume=True)
+    assert len(first.trials) == len(again.trials)
+    assert {t.evaluation.status for t in again.trials if t.evaluation.rung == 1} <= {"failed", "infeasible"}
+
+
+# --- budgets ---
+
+
+def test_unreachable_budget_names_the_smallest_and_writes_nothing(world: World) -> None:
+    smallest = world.make(world.task, seed=0, dense_ms=None)
+    bytes_ = smallest.predict(study.Space(study.load_space(str(world.space)), smallest.graph).smallest()).bytes
+    with pytest.raises(NothingFits, match=f"{bytes_:,} bytes"):
+        world.search(budgets=(f"{bytes_ - 1}B",))
+    assert not world.run.exists()
+    found = world.search(budgets=(f"{bytes_}B",), epochs=0, trials=1)
+    assert found.picked is not None
+    assert found.picked.measured.bytes == bytes_
+
+
+def test_unreachable_macs_are_refused_too(world: World) -> None:
+    with pytest.raises(NothingFits, match="MACs"):
+        world.search(budgets=("1macs",))
+
+
+def test_share_budgets_resolve_against_the_dense_model(world: World) -> None:
+    found = world.search(budgets=("size=50%", "latency=60%"), epochs=0)
+    assert found.budget.bytes == found.dense.bytes // 2
+    assert found.budget.ms == pytest.approx(0.6 * DENSE_MS)
+
+
+def test_slow_trials_are_not_feasible(world: World) -> None:
+    found = world.search(budgets=("1.2ms",))
+    slow = [t for t in found.trials if t.evaluation.status == "ok" and t.measured.latency_ms > 1.2]
+    assert slow
+    assert found.front
+    assert all(t.measured.latency_ms <= 1.2 for t in found.front)
+    assert not any(t.artifact for t in found.trials if t.number in {s.number for s in slow})
+
+
+def test_latency_that_nothing_reaches_gives_an_empty_front(world: World) -> None:
+    found = world.search(budgets=("1us",))
+    assert (found.picked, found.front) == (None, ())
+    assert found.evaluations == 20
+    assert list((world.run / "artifacts").iterdir()) == []
+
+
+# --- the end ---
+
+
+def test_front_is_on_disk_exactly_and_readable(world: World) -> None:
+    found = world.search(trials=40)
+    names = {f"artifacts/{path.name}" for path in (world.run / "artifacts").iterdir()}
+    assert names == {t.artifact for t in found.front}
+    for t in found.front:
+        artifact, model = world.evaluators[0].reload(world.run / t.artifact)
+        assert artifact.bytes == (world.run / t.artifact).stat().st_size == t.measured.bytes
+        assert artifact.quality == t.measured.quality
+        assert model.policy == t.evaluation.policy
+
+
+def test_files_of_trials_that_left_the_front_are_removed(world: World) -> None:
+    first = world.search(trials=12)
+    later = world.search(trials=60, resume=True)
+    left = {t.number for t in first.front} - {t.number for t in later.front}
+    assert left
+    for folder, pattern in (("artifacts", "trial-*.acz"), ("policies", "trial-*.json")):
+        numbers = {int(path.stem.removeprefix("trial-")) for path in (world.run / folder).glob(pattern)}
+        assert numbers == {t.number for t in later.front}, folder
+
+
+def test_half_written_file_of_a_killed_process_is_removed(world: World) -> None:
+    world.killed(3)
+    (world.run / "artifacts" / ".trial-2.acz.x1y2z3").write_bytes(b"ACZ1")
+    found = world.search(resume=True)
+    assert {path.name for path in (world.run / "artifacts").iterdir()} == {Path(t.artifact).name for t in found.front}
+
+
+def test_row_of_a_removed_file_does_not_name_it(world: World) -> None:
+    world.search(trials=12)
+    later = world.search(trials=60, resume=True)
+    assert {t.number for t in world.trials() if t.artifact} == {t.number for t in later.front}
+
+
+def test_policies_of_the_front_are_written_as_json(world: World) -> None:
+    for t in world.search().front:
+        text = (world.run / "policies" / f"trial-{t.number}.json").read_text()
+        assert Policy.from_json(json.loads(text)) == t.evaluation.policy
+
+
+def test_lost_artifact_is_written_again(world: World) -> None:
+    first = world.search()
+    lost = world.run / first.front[0].artifact
+    content = lost.read_bytes()
+    lost.unlink()
+    world.search(resume=True)
+    assert lost.read_bytes() == content
+
+
+def test_test_split_is_read_once_per_front_member_and_only_then(world: World) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def watch(progress: Progress) -> None:
+        seen.append((progress.stage, world.task.count("test")))
+
+    found = world.search(watch=watch)
+    assert all(count == 0 for stage, count in seen if stage in ("searching", "recovering"))
+    tested = sorted(key for split, key in world.task.scored if split == "test")
+    assert tested == sorted(t.evaluation.policy.key() for t in found.front)
+    assert all(t.quality_test == pytest.approx(t.measured.quality - 0.01) for t in found.front)
+    world.search(resume=True)
+    assert world.task.count("test") == len(found.front)
+
+
+def test_difference_between_trial_and_file_is_a_warning(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = FakeTask.quality_of
+    found: list[int] = []
+
+    def drifts(self: FakeTask, policy: Policy) -> float:
+        return whole(self, policy) + (0.001 if found else 0.0)
+
+    def watch(progress: Progress) -> None:
+        if progress.stage == "writing":
+            found.append(1)
+
+    monkeypatch.setattr(FakeTask, "quality_of", drifts)
+    assert any("changed during the run" in text for text in world.search(watch=watch).warnings)
+
+
+def test_progress_counts_up_to_its_total(world: World) -> None:
+    seen: list[Progress] = []
+    world.search(watch=seen.append)
+    stages = list(dict.fromkeys(p.stage for p in seen))
+    assert stages == ["searching", "recovering", "writing", "done"]
+    for stage in stages:
+        mine = [p.done for p in seen if p.stage == stage]
+        assert mine == sorted(mine)
+    assert [(p.done, p.total) for p in seen if p.stage == "searching"][-1] == (20, 20)
+    assert seen[-1].best is not None
+
+
+# --- resume ---
+
+
+TRIALS = {"tpe": 24, "nsga2": 36, "random": 24}  # NSGA-II breeds only after a first generation of 20
+WHOLE: dict[str, list[Row]] = {}
+"""Rows of uninterrupted runs by controller."""
+
+
+@pytest.mark.parametrize("name", list(TRIALS))
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.7, 1.0])
+def test_resumed_run_equals_an_uninterrupted_one(world: World, tmp_path: Path, name: str, share: float) -> None:
+    """The run dies after this share of its one-shot trials; 1 is in recovery."""
+    world.fault, trials = some_fail, TRIALS[name]
+    if name not in WHOLE:
+        world.search(folder=tmp_path / "whole", controller=name, trials=trials)
+        assert len(world.calls) > trials + 1
+        WHOLE[name] = world.rows(tmp_path / "whole")
+    world.killed(round(share * trials), controller=name, trials=trials)
+    world.search(resume=True, controller=name, trials=trials)
+    assert world.rows() == WHOLE[name]
+
+
+def test_run_killed_many_times_equals_an_uninterrupted_one(world: World, tmp_path: Path) -> None:
+    world.search(folder=tmp_path / "whole")
+    world.killed(3)
+    for _ in range(5):
+        world.killed(2, resume=True)
+    world.search(resume=True)
+    assert world.rows() == world.rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("cut", [5, 8, 9])
+def test_resumed_run_of_a_tiny_space_equals_an_uninterrupted_one(
+    world: World, tmp_path: Path, cut: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies refer to the original, and an exhausted space is not searched again: 8 one-shot policies are all."""
+    monkeypatch.setattr(study, "PATIENCE", 40)
+    world.space.write_text(TINY_SPACE_TEXT)
+    world.search(folder=tmp_path / "whole", trials=12)
+    world.killed(cut, trials=12)
+    world.search(resume=True, trials=12)
+    assert world.rows() == world.rows(tmp_path / "whole")
+
+
+def test_finished_run_resumed_changes_nothing(world: World) -> None:
+    world.search()
+    before, calls = world.rows(), len(world.calls)
+    world.search(resume=True)
+    assert world.rows() == before
+    assert len(world.calls) == calls
+
+
+def test_more_trials_on_resume_continue(world: World) -> None:
+    first = world.search(trials=10, epochs=0)
+    later = world.search(trials=25, epochs=0, resume=True)
+    assert (first.evaluations, later.evaluations) == (10, 25)
+    assert world.rows()[:10] != []
+    assert [t.evaluation.policy for t in later.trials[: len(first.trials)]] == [
+        t.evaluation.policy for t in first.trials
+    ]
+    assert json.loads((world.run / "config.json").read_text())["settings"]["trials"] == 25
+
+
+def test_trial_that_killed_its_process_twice_is_written_off(world: World) -> None:
+    victim: list[str] = []
+
+    def deadly(policy: Policy, rung: int) -> str | None:
+        del rung
+        if len(world.trials()) >= 5 and not victim:
+            victim.append(policy.key())
+        return "kill" if policy.key() in victim else None
+
+    world.fault = deadly
+    for resume in (False, True):
+        with pytest.raises(Killed):
+            world.search(resume=resume)
+    found = world.search(resume=True)
+    (lost,) = [t for t in found.trials if t.evaluation.policy.key() in victim]
+    assert lost.evaluation.status == "failed"
+    assert "its process ended 2 times" in lost.evaluation.error
+    assert found.evaluations >= 20
+    assert sum(policy.key() in victim for policy, _, _ in world.calls) == 2
+
+
+def test_recovery_that_killed_its_process_twice_is_written_off(world: World) -> None:
+    world.fault = lambda _, rung: "kill" if rung == 1 else None
+    for _ in range(2 * 3):
+        try:
+            found = world.search(resume=world.run.exists())
+            break
+        except Killed:
+            continue
+    else:
+        pytest.fail("never ended")
+    assert {t.evaluation.status for t in found.trials if t.evaluation.rung == 1} == {"failed"}
+    assert found.front
+
+
+def test_run_killed_before_its_journal_was_made_can_be_resumed(world: World) -> None:
+    world.killed(0)
+    for path in world.run.glob(f"{FILE}*"):
+        path.unlink()
+    assert world.search(resume=True).evaluations > 0
+
+
+def test_run_killed_before_its_config_was_written_can_be_started_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "write", die)
+        with pytest.raises(Killed):
+            world.search()
+    assert world.search().evaluations > 0
+
+
+def test_run_killed_while_its_journal_was_made_can_be_resumed(world: World) -> None:
+    world.killed(0)
+    for path in world.run.glob(f"{FILE}*"):
+        path.unlink()
+    (world.run / FILE).touch()  # SQLite had made the file, but no table yet
+    assert world.search(resume=True).evaluations > 0
+
+
+def test_dense_latency_of_the_first_part_is_kept(world: World) -> None:
+    first = world.search(trials=5)
+    world.make = lambda task, *, seed, dense_ms: FakeEvaluator(  # type: ignore[method-assign]
+        task, seed=seed, dense_ms=99.0 if dense_ms is None else dense_ms
+    )
+    assert world.search(trials=8, resume=True).dense == first.dense
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "task": {"task": "another"},
+    "--budget": {"budgets": ("1.4kB",)},
+    "--seed": {"seed": 1},
+    "--controller": {"controller": "tpe"},
+    "--epochs": {"epochs": 2},
+    "--data": {"data": "/elsewhere"},
+    "space": {"space": "default"},
+}
+
+
+@pytest.mark.parametrize("what", list(OTHER))
+def test_resume_with_other_settings_is_refused_and_changes_nothing(world: World, what: str) -> None:
+    world.search(trials=3)
+    before = snapshot(world.run)
+    with pytest.raises(RunError, match=what):
+        world.search(trials=5, resume=True, **OTHER[what])
+    assert snapshot(world.run) == before
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """All files but the journal's (it is opened to look), and its rows."""
+    files = {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and FILE not in p.name}
+    with Journal.reading(folder) as journal:
+        return files | {"rows": repr([t.evaluation.to_json() for t in journal.trials()]).encode()}
+
+
+@pytest.mark.parametrize(
+    "other", [FakeTask(graph=make_graph(str.upper)), FakeTask(direction="min"), FakeTask(weights=0.25)]
+)
+def test_resume_with_another_model_is_refused_and_changes_nothing(world: World, other: FakeTask) -> None:
+    world.search(trials=3)
+    before = snapshot(world.run)
+    world.task = other
+    with pytest.raises(RunError, match="another model or data"):
+        world.search(trials=5, resume=True)
+    assert snapshot(world.run) == before
+
+
+def test_resume_while_another_process_searches_is_refused_and_changes_nothing(world: World) -> None:
+    world.search(trials=3)
+    before = snapshot(world.run)
+    with Journal.writing(world.run), pytest.raises(RunError, match="in use"):
+        world.search(trials=5, resume=True)
+    assert snapshot(world.run) == before
+
+
+def test_resume_does_not_need_the_space_file_any_more(world: World) -> None:
+    """`config.json` holds the space; the command line passes on the settings that are there."""
+    world.search(trials=3)
+    world.space.unlink()
+    assert search(study.read_config(world.run)[0], world.run, resume=True).front
+
+
+def test_resume_with_an_edited_space_file_is_refused(world: World) -> None:
+    world.search(trials=3)
+    world.space.write_text(TINY_SPACE_TEXT)
+    with pytest.raises(RunError, match="another space"):
+        world.search(trials=5, resume=True)
+
+
+def make_file(path: Path) -> None:
+    path.write_text("mine")
+
+
+def make_full(path: Path) -> None:
+    path.mkdir()
+    (path / "file").write_text("mine")
+
+
+@pytest.mark.parametrize("make", [make_file, make_full])
+def test_existing_folder_is_refused_and_untouched(world: World, make: Callable[[Path], None]) -> None:
+    make(world.run)
+    with pytest.raises(RunError, match=f"--resume {world.run}"):
+        world.search()
+    kept = world.run if world.run.is_file() else world.run / "file"
+    assert kept.read_text() == "mine"
+    assert world.run.is_file() or [p.name for p in world.run.iterdir()] == ["file"]
+    assert world.evaluators == []  # refused before the work
+
+
+def test_existing_run_is_refused(world: World) -> None:
+    world.search(trials=3)
+    before = snapshot(world.run)
+    with pytest.raises(RunError, match="already exists"):
+        world.search(trials=3)
+    assert snapshot(world.run) == before
+
+
+def test_empty_folder_is_used(world: World) -> None:
+    world.run.mkdir()
+    assert world.search(trials=3).front
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", "{}", '{"settings": {}, "space": {}}', '{"settings": 3}'])
+def test_resume_of_something_else_is_refused(world: World, text: str | None) -> None:
+    world.run.mkdir()
+    if text is not None:
+        (world.run / "config.json").write_text(text)
+    with pytest.raises(RunError, match=str(world.run)):
+        world.search(resume=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("trials", 0), ("epochs", -1), ("seed", -1)])
+def test_settings_out_of_range_are_refused(name: str, value: int) -> None:
+    with pytest.raises(AutocompressError, match=f"--{name} is {value}"):
+        Settings("fake", **{name: value})
+
+
+def test_config_holds_all_that_determines_the_run(world: World) -> None:
+    world.search(trials=3)
+    settings, file, config = study.read_config(world.run)
+    assert settings == world.settings(trials=3)
+    assert file == study.load_space(str(world.space))
+    assert {"torch", "optuna", "python"} <= set(config["versions"])
