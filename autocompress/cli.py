@@ -16,7 +16,7 @@ from enum import StrEnum
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -104,6 +104,7 @@ def search(
     with --resume; Ctrl-C ends it after the trial in flight, twice at once.
     """
     from autocompress.report.write import write_report
+    from autocompress.space import load_space
     from autocompress.study import Settings, read_config
     from autocompress.study import search as run_search
 
@@ -122,12 +123,20 @@ def search(
     if resume is not None and out_dir is not None and out_dir != resume:
         raise RunError("give either --resume or --out: a resumed run stays in its folder")
     settings = replace(read_config(resume)[0], **chosen) if resume else Settings(**({"task": "digits"} | chosen))
+    insisted = load_space(space) if space is not None else None
     folder = resume or out_dir or _default_folder(settings)
     seconds = math.inf if timeout is None else parse_time(timeout)
     command = shlex.join(["autocompress", *sys.argv[1:]])
     with _progress() as watch, _graceful() as started:
         run_search(
-            settings, folder, resume=resume is not None, timeout=seconds, command=command, watch=watch, started=started
+            settings,
+            folder,
+            resume=resume is not None,
+            space=insisted,
+            timeout=seconds,
+            command=command,
+            watch=watch,
+            started=started,
         )
     run = write_report(folder)
     _conclude(run, as_json=as_json)
@@ -186,7 +195,7 @@ def _conclude(run: Run, *, as_json: bool) -> None:
 
 
 def _front_table(run: Run) -> Table:
-    title = f"Front of {run.settings.task} under {run.budget}" if run.picked else f"Nothing fits {run.budget}"
+    title = f"Front of {run.task} under {run.budget}" if run.picked else f"Nothing fits {run.budget}"
     shown = Table(title=escape(title), title_justify="left")
     for name in ("trial", f"{escape(run.metric)} val", "test", "bytes", "of original", "ms", "recovered"):
         shown.add_column(name, justify="right")
@@ -291,11 +300,15 @@ def _wish(
 
     if sum((knee, best, trial is not None)) > 1:
         raise AutocompressError("give only one of --knee, --best and --trial")
+    if trial is not None and any(limit is not None for limit in (max_size, max_latency, min_quality)):
+        raise AutocompressError(
+            "--trial names one trial already: leave out --max-size, --max-latency and --min-quality"
+        )
     limits = [Limit.parse(text) for text in (max_size, max_latency) if text is not None]
     budget = Budget.resolve(limits, run.dense)
     if (max_size is not None) != (budget.bytes is not None) or (max_latency is not None) != (budget.ms is not None):
         raise BudgetError("--max-size takes bytes and --max-latency takes time")
-    return Wish(budget.bytes, budget.ms, min_quality, knee, trial)
+    return Wish(budget.bytes, budget.ms, min_quality, best, knee, trial)
 
 
 @app.command(
@@ -384,6 +397,8 @@ def export(
     wish = _wish(run, max_size, max_latency, min_quality, knee, best, trial)
     chosen = pick(run.trials, run.direction, wish, run.budget)
     target = output or Path(f"{run_folder.resolve().name}-trial-{chosen.number}.acz")
+    if target.is_dir():
+        raise RunError(f"{target} is a folder: give a file name with --output")
     if target.exists() and not force:
         raise RunError(f"{target} already exists: use --force to overwrite it, or --output")
     kept = run_folder / "artifacts" / Path(chosen.artifact).name
@@ -436,6 +451,8 @@ def verify(
 
     artifact = read(file)
     known = artifact.header.task
+    if task is None and known != "digits" and not known.startswith("cifar10-"):
+        raise AutocompressError(f"{file} was made for task {known!r}: name it with --task my_task.py:NAME")
     spec = task or ("cifar10" if known.startswith("cifar10-") else known)
     loaded = load_task(spec, data=data, checkpoint=checkpoint)
     dense, batch = probe(loaded)
@@ -604,20 +621,32 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        app()
+        code = app(standalone_mode=False)
     except KeyboardInterrupt:
-        _fail("interrupted; continue with --resume", 130)
-    except AutocompressError as error:
-        if debug:
-            raise
-        _fail(str(error), error.exit_code)
+        code = 130
     except Exception as error:
         if debug:
             raise
-        _fail(f"unexpected {type(error).__name__}: {error} (this is a bug; --debug shows where)", 1)
+        _fail(*_explain(error))
+    if code == 130:
+        _fail("interrupted; a search continues with --resume and its folder", 130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
+def _explain(error: Exception) -> tuple[str, int]:
+    """One line and an exit code for whatever a verb raised."""
+    if isinstance(error, AutocompressError):
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):  # a wrong option or argument, found by the parser
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        return f"{error.format_message()}{hint}", 2
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the system'}: {error.strerror or error}", 2
+    return f"unexpected {type(error).__name__}: {error} (this is a bug; --debug shows where)", 1
+
+
+def _fail(message: str, code: int) -> NoReturn:
     line = " ".join(message.split())
     err.print(f"error: {line}", markup=False, soft_wrap=True)
     if "--json" in sys.argv:

@@ -86,7 +86,7 @@ class Evaluator:
 
     def pack(self, compressed: Compressed, quality: float) -> bytes:
         """The content of the file for a compressed model that scored `quality`."""
-        return pack(self.size.header(compressed.policy), compressed.tensors, quality)
+        return pack(self.size.header(compressed.policy), compressed.tensors, quality, compressed.policy.key())
 
     def reload(self, path: Path) -> tuple[Artifact, nn.Module]:
         """The file at `path` read back and rebuilt on a fresh model of the task."""

@@ -108,6 +108,7 @@ class Wish:
     max_size: int | None = None
     max_latency: float | None = None
     min_quality: float | None = None
+    best: bool = False
     knee: bool = False
     trial: int | None = None
 
@@ -137,13 +138,13 @@ def pick(trials: Sequence[Trial], direction: str, wish: Wish, budget: Budget) ->
             continue
         remaining = [trial for trial in fits if holds(trial)]
         if not remaining:
-            raise AutocompressError(f"no trial is within {text} {limit:g}: {_reach(fits, direction)}")
+            raise AutocompressError(f"no trial is within {text} {limit:,}: {_reach(fits, direction)}")
         fits = remaining
     if wish.knee:
         candidates = front_of(fits, direction)
         points = [objectives(t, direction, latency=False) for t in candidates]
         return candidates[knee([(p[0], math.log(p[1])) for p in points])]
-    if wish.min_quality is not None and wish.max_size is None and wish.max_latency is None:
+    if not wish.best and wish.min_quality is not None and wish.max_size is None and wish.max_latency is None:
         return min(fits, key=lambda t: (t.measured.bytes, -sign * t.measured.quality, t.number))
     return min(fits, key=lambda t: (-sign * t.measured.quality, t.measured.bytes, t.measured.latency_ms, t.number))
 

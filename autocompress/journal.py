@@ -67,6 +67,8 @@ class Journal:
         if not (folder / FILE).is_file():
             raise RunError(f"{folder} is not a run folder: it has no {FILE}")
         with cls._open(folder, "rw") as journal:
+            if not journal._has_tables():
+                raise RunError(f"{folder} ended before its first trial; continue it with --resume {folder}")
             journal._check_schema(folder)
             yield journal
 
@@ -83,6 +85,10 @@ class Journal:
         except sqlite3.Error as error:
             raise RunError(f"the journal in {folder} cannot be used: {error}") from error
 
+    def _has_tables(self) -> bool:
+        found = self._db.execute("SELECT COUNT(*) FROM sqlite_master WHERE name IN ('trials', 'facts')").fetchone()
+        return bool(found[0] == 2)
+
     def _check_schema(self, folder: Path) -> None:
         written = self.fact("schema")
         if written != SCHEMA:
@@ -93,7 +99,10 @@ class Journal:
     def fact(self, name: str) -> Any:
         """The value of a fact, or None."""
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        try:
+            return None if row is None else json.loads(row[0])
+        except ValueError as error:
+            raise RunError(f"the journal's fact {name!r} cannot be read: {error}") from error
 
     def set_fact(self, name: str, value: Any) -> None:
         """Write a fact, replacing its former value."""
@@ -117,8 +126,18 @@ class Journal:
             raise RunError(f"trial {number} is already finished")
         return int(row[0])
 
-    def finish(self, number: int, evaluation: Evaluation) -> None:
-        """Write what became of a trial; a trial is finished once."""
+    def finish(self, number: int, evaluation: Evaluation, seconds: float = 0.0) -> None:
+        """Write what became of a trial, and the run's seconds so far; a trial is finished once."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._finish(number, evaluation)
+            self.set_fact("seconds", seconds)
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def _finish(self, number: int, evaluation: Evaluation) -> None:
         done = self._db.execute(
             "UPDATE trials SET state = ?, evaluation = ?, finished = datetime('now') "
             "WHERE number = ? AND state = 'running'",
@@ -140,7 +159,7 @@ class Journal:
         ).fetchall()
         try:
             return [_trial(*row) for row in rows]
-        except (KeyError, TypeError, ValueError, AutocompressError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, AutocompressError) as error:
             raise RunError(f"the journal holds a row that cannot be read: {error}") from error
 
 

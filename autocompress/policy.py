@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -96,8 +96,8 @@ class Recovery:
         _require(0.0 < self.adjust_factor <= 1.0, "adjust_factor", self.adjust_factor, "in (0, 1]")
         _require(self.adjust_patience >= 0, "adjust_patience", self.adjust_patience, "0 or more")
         _require(0.0 <= self.distill_weight <= 1.0, "distill_weight", self.distill_weight, "in [0, 1]")
-        _require(0.0 < self.temperature <= 1e6, "temperature", self.temperature, "in (0, 1e6]")
-        _require(0.0 <= self.hint_weight <= 1e6, "hint_weight", self.hint_weight, "in [0, 1e6]")
+        _require(self.temperature > 0.0, "temperature", self.temperature, "above 0")
+        _require(self.hint_weight >= 0.0, "hint_weight", self.hint_weight, "0 or more")
         _one_of("gradient", self.gradient, Gradient)
 
 
@@ -154,6 +154,11 @@ class Policy:
             )
         except TypeError as error:
             raise PolicyError(f"policy: {error}") from None
+
+    def without_recovery(self) -> Policy:
+        """The one-shot policy: everything but the recovery training; batch norms are treated alike."""
+        r = self.recovery
+        return replace(self, recovery=Recovery(reestimate_bn=r.reestimate_bn, fold_bn=r.fold_bn))
 
     def key(self) -> str:
         """16 hexadecimal digits that are equal if and only if (SHA-256) the policies are."""

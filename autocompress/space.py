@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import random
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ Value = int | float | str | bool
 
 @dataclass(frozen=True, slots=True)
 class Ordered:
-    """A choice among numbers, the one that usually costs fewest bytes first."""
+    """A choice among numbers, cheapest first: one step down does not add bytes."""
 
     name: str
     values: tuple[float, ...]
@@ -207,7 +208,7 @@ class Space:
 
     def __init__(self, file: SpaceFile, graph: Graph) -> None:
         self.file, self.graph = file, graph
-        self.bits = {layer.name: tuple(sorted(set(self._layer(layer.name, "bits")))) for layer in graph.layers}
+        self.bits = {layer.name: _worthwhile(layer, self._layer(layer.name, "bits")) for layer in graph.layers}
         self.sparsity = {
             layer.name: tuple(sorted(set(self._layer(layer.name, "sparsity")), reverse=True)) for layer in graph.layers
         }
@@ -382,16 +383,30 @@ class Space:
         """
         point, draw = self.encode(policy), random.Random(seed)
         movable = [p.name for p in self.policy_parameters if isinstance(p, Ordered) and int(point[p.name]) > 0]
-        while excess(shrunk := self.decode(point, policy.recovery.epochs)) > 0 and movable:
+        shrunk = policy
+        while (over := excess(shrunk)) > 0 and movable:
             name = draw.choice(movable)
             point[name] = int(point[name]) - 1
             if point[name] == 0:
                 movable.remove(name)
-        return shrunk if excess(shrunk) <= 0 else self.smallest()
+            shrunk = self.decode(point, policy.recovery.epochs)
+        return shrunk if over <= 0 else self.smallest()
 
     def with_recovery(self, parent: Policy, point: Mapping[str, Value], epochs: int) -> Policy:
         """`parent` with `epochs` of the recovery training at `point`."""
         return replace(parent, recovery=self._recovery(self.encode(parent) | dict(point), epochs))
+
+
+def _worthwhile(layer: Layer, bits: Sequence[int]) -> tuple[int, ...]:
+    """Widths in rising order, without those that a wider one undercuts (short rows pay more for scales than bits)."""
+    kept: list[int] = []
+    smallest = math.inf
+    for width in sorted(set(bits), reverse=True):
+        size = weight_entry(layer.weight, layer.shape, LayerChoice(width), prod(layer.shape)).nbytes
+        if size < smallest:
+            kept.append(width)
+            smallest = size
+    return tuple(reversed(kept))
 
 
 def _at(values: tuple[float, ...], point: Mapping[str, Value], name: str) -> float:

@@ -85,12 +85,14 @@ MAX_EXPONENT = 160
 def half_exponent(values: Tensor) -> int:
     """The power of two by which `values` are multiplied before rounding to half precision.
 
-    It brings the largest magnitude, rounded, into [2^14, 2^15), so neither large nor tiny tensors leave the format's range.
+    It brings the largest magnitude, rounded, into [2^14, 2^15), so neither large nor tiny tensors leave
+    the format's range.
     """
     largest = float(values.abs().max()) if values.numel() else 0.0
     if largest == 0.0:
         return 0
-    exponent = int(torch.frexp(torch.tensor(largest, dtype=torch.float64))[1])  # largest = m 2^exponent, m in [.5, 1)
+    _, exponent_of = torch.frexp(torch.tensor(largest, dtype=torch.float64))  # largest = m 2^e with m in [0.5, 1)
+    exponent = int(exponent_of)
     exponent = max(-MAX_EXPONENT, min(MAX_EXPONENT, 15 - exponent))
     scaled = torch.tensor(largest * 2.0**exponent, dtype=torch.float64)
     rounds_up = float(scaled.half()) == 2.0**15

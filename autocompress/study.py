@@ -13,7 +13,6 @@ import platform
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +29,7 @@ from autocompress.files import write
 from autocompress.front import Trial, Wish, feasible, front_of, pick
 from autocompress.journal import FILE, Journal
 from autocompress.measure.latency import RUNTIME
-from autocompress.policy import Policy, Recovery
+from autocompress.policy import Policy
 from autocompress.runners.local import Job, LocalRunner, Runner
 from autocompress.space import Space, SpaceFile, load_space
 from autocompress.task import Task, load_task
@@ -61,10 +60,13 @@ class Settings:
     def __post_init__(self) -> None:
         for name, low in (("trials", 1), ("epochs", 0), ("seed", 0)):
             value = getattr(self, name)
-            if value < low:
-                raise AutocompressError(f"--{name} is {value}; it must be {low} or more")
+            if not low <= value < 2**31:
+                raise AutocompressError(f"--{name} is {value}; it must be {low} or more, and below 2^31")
         for text in self.budgets:
             Limit.parse(text)
+        where, colon, name = self.task.rpartition(":")
+        if where.endswith(".py"):  # so that a run can be continued from any folder
+            object.__setattr__(self, "task", f"{Path(where).resolve()}{colon}{name}")
 
     def load_task(self) -> Task:
         """The task, from its built-in name, file or module."""
@@ -132,11 +134,20 @@ class Study:
         self._trained = 0.0
         self._recovering = (0.0, 0, 0)  # when the training in flight began, members done, members in all
         self.trials = journal.trials()
-        self._known = {t.evaluation.policy.key(): t for t in self.trials if t.evaluation.status == "ok"}
-        self.warnings: list[str] = []
+        self._known: dict[str, Trial] = {}
+        for trial in self.trials:
+            if trial.evaluation.status == "ok":
+                self._known.setdefault(trial.evaluation.policy.key(), trial)
+        self._before: float = journal.fact("seconds") or 0.0
+        self.warnings: list[str] = list(journal.fact("warnings") or ())
         controller.restore(trial.evaluation for trial in self.trials)
 
     # --- what every stage shares ---
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of the run, earlier parts included."""
+        return self._before + self.seconds
 
     def stop(self) -> None:
         """End after the trial in flight."""
@@ -144,7 +155,7 @@ class Study:
 
     @property
     def seconds(self) -> float:
-        """Wall time of this process's part of the run."""
+        """Wall time of this call."""
         return time.monotonic() - self._start
 
     def evaluated(self, rung: int | None = None) -> int:
@@ -197,7 +208,7 @@ class Study:
     def _settle(self, evaluation: Evaluation) -> None:
         """Write a result, then learn from it."""
         number = len(self.trials)
-        self._journal.finish(number, evaluation)
+        self._journal.finish(number, evaluation, self.total_seconds)
         trial = Trial(number, evaluation)
         self.trials.append(trial)
         if evaluation.status == "ok":
@@ -230,28 +241,38 @@ class Study:
         since, before, total = time.monotonic(), self.evaluated(0), self.settings.trials
 
         def jobs() -> Iterator[Job]:
-            idle = 0
+            idle = self._idle()
             while self.evaluated(0) < total and self.seconds < limit and not self._stopped and idle < PATIENCE:
                 policy = self._controller.ask()
                 idle += 1
                 if self._needs_running(policy, 0):
                     idle = 0
                     yield policy, 0, None
-            if idle == PATIENCE:
-                self.warnings.append(f"the search space is exhausted after {self.evaluated(0)} evaluations")
+            if idle >= PATIENCE:
+                self._warn(f"the search space is exhausted after {self.evaluated(0)} evaluations")
 
         self._report("searching", before, total, since, before)
         for evaluation in self._runner.run(jobs()):
             self._settle(evaluation)
             self._report("searching", self.evaluated(0), total, since, before)
 
+    def _idle(self) -> int:
+        """Proposals since the last one-shot evaluation: how far an earlier part of the run had got to giving up."""
+        shots = [t.evaluation for t in self.trials if t.evaluation.rung == 0]
+        measured = [i for i, e in enumerate(shots) if e.status != "infeasible" and e.copy_of is None]
+        return len(shots) - 1 - measured[-1] if measured else len(shots)
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
     def recover(self) -> None:
         """Rung 1: recovery training for members of the one-shot front."""
         if not self.settings.epochs or self._stopped:
             return
         parents = self._parents()
-        total, done = len(parents), sum(1 for parent in parents if self._was_promoted(parent))
-        since, before = time.monotonic(), done
+        total, before = len(parents), sum(map(self._was_promoted, parents))
+        since = time.monotonic()
         longest = 0.0
 
         def jobs() -> Iterator[Job]:
@@ -262,16 +283,15 @@ class Study:
                     return
                 policy = self._controller.ask(parent, self.settings.epochs)
                 if self._needs_running(policy, 1):
-                    self._recovering = (time.monotonic(), done, total)
+                    self._recovering = (time.monotonic(), sum(map(self._was_promoted, parents)), total)
                     yield policy, 1, self.folder / artifact_name(len(self.trials))
 
-        if total > done:
-            self._report("recovering", done, total, since, before)
+        if total > before:
+            self._report("recovering", before, total, since, before)
         for evaluation in self._runner.run(jobs()):
             longest = max(longest, evaluation.seconds)
             self._settle(evaluation)
-            done += 1
-            self._report("recovering", done, total, since, before)
+            self._report("recovering", sum(map(self._was_promoted, parents)), total, since, before)
 
     def _parents(self) -> list[Policy]:
         """One-shot front members to train: one for ten trials, evenly spread from smallest to largest."""
@@ -285,7 +305,7 @@ class Study:
 
     def _was_promoted(self, parent: Policy) -> bool:
         trained = (t.evaluation.policy for t in self.trials if t.evaluation.rung == 1)
-        return any(one_shot(policy).key() == parent.key() for policy in trained)
+        return any(policy.without_recovery().key() == parent.key() for policy in trained)
 
     # --- the end ---
 
@@ -297,7 +317,6 @@ class Study:
             self._report("writing", done, len(members), since, 0)
             if not trial.artifact or not (self.folder / trial.artifact).is_file():
                 self._finalise(trial)
-        (self.folder / "policies").mkdir(exist_ok=True)
         for trial in self.front():
             path = self.folder / "policies" / f"trial-{trial.number}.json"
             write(path, (json.dumps(trial.evaluation.policy.to_json(), indent=2) + "\n").encode())
@@ -325,7 +344,7 @@ class Study:
         artifact, model = self.evaluator.reload(path)
         found = self.evaluator.quality(model).score
         if artifact.bytes != expected.bytes or not math.isclose(found, expected.quality, rel_tol=1e-6, abs_tol=1e-9):
-            self.warnings.append(
+            self._warn(
                 f"trial {trial.number} measured {expected.bytes:,} bytes and quality {expected.quality:.6f}, but its "
                 f"file {artifact.bytes:,} and {found:.6f}: this machine or its libraries changed during the run"
             )
@@ -336,22 +355,22 @@ class Study:
         self.trials[trial.number] = replace(trial, quality_test=test, artifact=name)
 
     def _remove_stale(self) -> None:
-        """Artifacts of trials that later ones dominate."""
-        current = {trial.artifact for trial in self.front()}
-        for path in (self.folder / "artifacts").glob("trial-*.acz"):
-            if f"artifacts/{path.name}" not in current:
-                path.unlink()
+        """Files of trials that later ones dominate, and what a killed process left half written."""
+        current = {trial.number for trial in self.front()}
+        keep = {Path(artifact_name(number)).name for number in current} | {f"trial-{n}.json" for n in current}
+        for folder in ("artifacts", "policies"):
+            for path in (self.folder / folder).glob("*trial-*"):
+                if path.name not in keep:
+                    path.unlink()
+        for trial in self.trials:
+            if trial.artifact and trial.number not in current:
+                self._journal.finalise(trial.number, trial.quality_test, "")
+                self.trials[trial.number] = replace(trial, artifact="")
 
 
 def artifact_name(number: int) -> str:
     """Where a trial's artifact lies in its run folder."""
     return f"artifacts/trial-{number}.acz"
-
-
-def one_shot(policy: Policy) -> Policy:
-    """`policy` without its recovery training: what rung 0 evaluated."""
-    r = policy.recovery
-    return replace(policy, recovery=Recovery(reestimate_bn=r.reestimate_bn, fold_bn=r.fold_bn))
 
 
 # --- runs -----------------------------------------------------------------------------------------------
@@ -362,6 +381,7 @@ def search(
     folder: Path,
     *,
     resume: bool = False,
+    space: SpaceFile | None = None,
     timeout: float = math.inf,
     command: str = "",
     watch: Watch | None = None,
@@ -369,62 +389,69 @@ def search(
 ) -> Outcome:
     """Run a search in `folder`, or continue the one that is there.
 
-    `timeout` in seconds bounds this call. `started` gets the `Study` before its first trial, so that a signal
-    handler can stop it. Raises `RunError` if the folder is in the way, absent or of another search, `NothingFits`
-    if no policy of the space can fit, and what loading the task and space raise.
+    `space` stands for `settings.space` if given; a resumed run keeps its own, and refuses another. `timeout` in
+    seconds bounds this call. `started` gets the `Study` before its first trial, so that a signal handler can stop it.
+    Raises `RunError` if the folder is in the way, absent or of another search, `NothingFits` if no policy of the
+    space can fit, and what loading the task and space raise.
     """
     if resume:
-        check_resumable(folder, settings)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} already exists: continue it with --resume {folder}, or give another --out")
-    file = read_config(folder)[1] if resume else load_space(settings.space)
+        file = check_resumable(folder, settings, space)
+    else:
+        _check_free(folder)
+        file = space if space is not None else load_space(settings.space)
     dense_ms = _dense_latency(folder) if resume else None
     evaluator = Evaluator(settings.load_task(), seed=settings.seed, dense_ms=dense_ms)
-    space = Space(file, evaluator.graph)
+    choices = Space(file, evaluator.graph)
     budget = Budget.resolve([Limit.parse(text) for text in settings.budgets], evaluator.dense)
-    _refuse_unreachable(space, evaluator, budget, settings)
-    controller = make_controller(settings.controller, space, budget, evaluator.predict, settings.seed)
-    identity = _identity(evaluator)
-    with ExitStack() as stack:
-        _make(folder, settings, file, command, resume=resume)
-        journal = stack.enter_context(Journal.writing(folder))
-        if resume and journal.fact("identity") not in (None, identity):
-            raise RunError(
-                f"{folder} was searched with another model or data: its task {settings.task!r} now gives "
-                "a different network, weights or validation quality; start a new run with --out"
-            )
-        journal.set_fact("identity", identity)
-        journal.set_fact("dense", asdict(evaluator.dense))
-        journal.set_fact("budget", asdict(budget))
-        journal.set_fact(
-            "layers",
-            [
-                {"name": x.name, "kind": x.kind, "shape": x.shape, "bytes": 4 * math.prod(x.shape)}
-                for x in evaluator.graph.layers
-            ],
-        )
+    _refuse_unreachable(choices, evaluator, budget, settings)
+    controller = make_controller(settings.controller, choices, budget, evaluator.predict, settings.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Journal.writing(folder) as journal:
+        if not resume:
+            _check_free(folder)  # another process may have been faster
+        _describe(journal, folder, evaluator, budget)
+        _write_config(folder, settings, file, command, resume=resume)
+        for name in ("artifacts", "policies"):
+            (folder / name).mkdir(exist_ok=True)
         runner = LocalRunner(lambda policy, rung, keep: evaluator(policy, rung, keep, study.training))
-        study = Study(
-            settings,
-            evaluator,
-            controller,
-            runner,
-            budget,
-            journal,
-            folder,
-            timeout=timeout,
-            watch=watch,
-        )
+        study = Study(settings, evaluator, controller, runner, budget, journal, folder, timeout=timeout, watch=watch)
         if started is not None:
             started(study)
         study.one_shot()
         study.recover()
         outcome = study.finalise()
-        journal.set_fact("seconds", (journal.fact("seconds") or 0.0) + outcome.seconds)
+        journal.set_fact("seconds", study.total_seconds)
         journal.set_fact("warnings", list(outcome.warnings))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10  # kB to MiB on Linux
         journal.set_fact("peak_memory_mib", max(peak, journal.fact("peak_memory_mib") or 0))
         return outcome
+
+
+def _check_free(folder: Path) -> None:
+    """A journal without a config is what a process killed at its very start leaves; anything else is somebody's."""
+    if folder.is_dir():
+        taken = any(not path.name.startswith((".", FILE)) for path in folder.iterdir())
+    else:
+        taken = folder.exists()
+    if taken:
+        raise RunError(f"{folder} already exists: continue it with --resume {folder}, or give another --out")
+
+
+def _describe(journal: Journal, folder: Path, evaluator: Evaluator, budget: Budget) -> None:
+    """Write what the run is about; raise `RunError` if an earlier part was about another model."""
+    identity = _identity(evaluator)
+    if journal.fact("identity") not in (None, identity):
+        raise RunError(
+            f"{folder} was searched with another model or data: its task {evaluator.task.name!r} now gives a different "
+            "network, weights or validation quality; start a new run with --out"
+        )
+    layers = [
+        {"name": x.name, "kind": x.kind, "shape": x.shape, "bytes": 4 * math.prod(x.shape)}
+        for x in evaluator.graph.layers
+    ]
+    facts = {"identity": identity, "dense": asdict(evaluator.dense), "budget": asdict(budget), "layers": layers}
+    for name, value in facts.items():
+        journal.set_fact(name, value)
 
 
 def _refuse_unreachable(space: Space, evaluator: Evaluator, budget: Budget, settings: Settings) -> None:
@@ -458,9 +485,8 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     return content.hexdigest()[:16]
 
 
-def _make(folder: Path, settings: Settings, file: SpaceFile, command: str, *, resume: bool) -> None:
-    """The run folder with all that determines the run, or the new totals of a continued one."""
-    (folder / "artifacts").mkdir(parents=True, exist_ok=True)
+def _write_config(folder: Path, settings: Settings, file: SpaceFile, command: str, *, resume: bool) -> None:
+    """All that determines the run; a continued one keeps its command and may have new totals."""
     config = {
         "settings": asdict(settings) | {"budgets": list(settings.budgets)},
         "space": file.model_dump(mode="json"),
@@ -491,8 +517,8 @@ def read_config(folder: Path) -> tuple[Settings, SpaceFile, dict[str, Any]]:
         raise RunError(f"{folder / CONFIG} is damaged: {error}") from None
 
 
-def check_resumable(folder: Path, wanted: Settings) -> None:
-    """Raise `RunError` unless `folder` holds a run that `wanted` continues; only totals may differ."""
+def check_resumable(folder: Path, wanted: Settings, space: SpaceFile | None = None) -> SpaceFile:
+    """The space of the run in `folder`; `RunError` unless `wanted` continues it. Only totals may differ."""
     settings, file, _ = read_config(folder)
     for name in ("task", "budgets", "controller", "epochs", "seed", "data", "checkpoint"):
         before, now = getattr(settings, name), getattr(wanted, name)
@@ -502,16 +528,18 @@ def check_resumable(folder: Path, wanted: Settings) -> None:
                 f"{folder} was searched with {flag} {before!r}, not {now!r}: leave it out to continue, or "
                 "start a new run with --out"
             )
-    if wanted.space != settings.space or (wanted.space and load_space(wanted.space) != file):
+    if space is not None and space != file:
         raise RunError(
             f"{folder} was searched with another space than {wanted.space!r} is now: leave --space out to "
             "continue, or start a new run with --out"
         )
+    return file
 
 
 def _dense_latency(folder: Path) -> float | None:
-    if not (folder / FILE).is_file():
+    try:
+        with Journal.reading(folder) as journal:
+            dense = journal.fact("dense")
+    except RunError:  # killed before its journal was whole: nothing was measured yet
         return None
-    with Journal.reading(folder) as journal:
-        dense = journal.fact("dense")
     return None if dense is None else float(dense["latency_ms"])

@@ -230,7 +230,7 @@ class _ArrayTask:
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """From stored inputs to what the model takes; a subclass may normalise here."""
-        return inputs.float() if inputs.dtype in (torch.uint8, torch.float64) else inputs
+        return inputs.float() if inputs.dtype == torch.uint8 else inputs
 
     def outputs(self, model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
         """The model's first output tensor for all of `split`, and the targets."""
@@ -313,10 +313,15 @@ def _arrays(source: Data, split: Split) -> tuple[Tensor, Tensor]:
     data: Any = source() if callable(source) and not isinstance(source, torch.utils.data.Dataset) else source
     if isinstance(data, torch.utils.data.Dataset):
         items = [data[i] for i in range(len(data))]  # type: ignore[arg-type]
-        data = torch.stack([torch.as_tensor(x) for x, _ in items]), torch.as_tensor(np.asarray([y for _, y in items]))
+        arrays = isinstance(items[0][0], np.ndarray)
+        inputs = np.stack([x for x, _ in items]) if arrays else torch.stack([torch.as_tensor(x) for x, _ in items])
+        data = inputs, torch.as_tensor(np.asarray([y for _, y in items]))
     if not (isinstance(data, Sequence) and len(data) == 2):
         raise TaskError(f"split {split!r} must be a pair (inputs, targets), not {type(data).__name__}")
-    return torch.as_tensor(data[0]), torch.as_tensor(data[1])
+    inputs = torch.as_tensor(data[0])
+    if isinstance(data[0], np.ndarray) and inputs.dtype == torch.float64:
+        inputs = inputs.float()  # NumPy's default, not a wish for double precision
+    return inputs, torch.as_tensor(data[1])
 
 
 # --- loading --------------------------------------------------------------------------------------------
@@ -371,7 +376,7 @@ def _import(where: str) -> Any:
         return importlib.import_module(where)
     path = Path(where).resolve()
     if not path.is_file():
-        raise TaskError(f"no task file {where}: check the path, or write one with `autocompress init {where}`")
+        raise TaskError(f"no task file {where}: check the path, or write one with `autocompress init {path.name}`")
     name = f"autocompress_task_{path.stem}"  # its own name could be a library's
     module_spec = importlib.util.spec_from_file_location(name, path)
     if module_spec is None or module_spec.loader is None:

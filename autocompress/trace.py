@@ -55,7 +55,7 @@ def trace(model: nn.Module, inputs: Any, examples: int = 4) -> Graph:
 
 
 def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
-    """Model and inputs in double precision, where a wrong channel cannot hide in rounding; as they are if that fails."""
+    """Model and inputs in double precision, where a wrong channel cannot hide in rounding; as given if that fails."""
     exact, wide = copy.deepcopy(model).double(), _doubled(inputs)
     try:
         _run(exact, wide)
@@ -223,6 +223,8 @@ def _dependency_groups(model: nn.Module, inputs: Any) -> Any:
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
+            if not any(output.requires_grad for output in tensors(call(model, inputs))):
+                return []
             graph = torch_pruning.DependencyGraph()
             graph.build_dependency(model, positional, output_transform=tensors, verbose=False)
             return list(graph.get_all_groups())

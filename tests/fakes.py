@@ -17,14 +17,15 @@ import torch
 
 from autocompress import study
 from autocompress.artifact.layout import Entry
-from autocompress.artifact.packed import Artifact, pack, read, write
+from autocompress.artifact.packed import Artifact, pack, read
+from autocompress.files import write
 from autocompress.front import Trial
 from autocompress.graph import Graph, Group, Layer, Member
 from autocompress.journal import Journal
 from autocompress.measure.quality import Quality
 from autocompress.measure.size import Size
 from autocompress.policy import LayerChoice, Policy, Recovery
-from autocompress.space import Space, parse_space
+from autocompress.space import Space, load_space, parse_space
 from autocompress.stored import Full, Half, Quantised, Raw, Stored
 from autocompress.study import Outcome, Settings, search
 from autocompress.trial import Evaluation, Measurement
@@ -99,6 +100,10 @@ def damage(policy: Policy, graph: Graph = GRAPH) -> float:
     if policy.recovery.epochs:
         lost *= min(1.0, 0.4 + 0.2 * abs(math.log10(policy.recovery.lr / 0.02)))
     return lost
+
+
+PACKED: dict[str, Policy] = {}
+"""Policy of every file that a fake wrote, by the key that stands in it; it outlives evaluators as files do."""
 
 
 class Killed(BaseException):
@@ -213,12 +218,13 @@ class FakeEvaluator:
     def pack(self, compressed: FakeModel, quality: float) -> bytes:
         """A real, readable file of exactly the predicted length."""
         header = self.size.header(compressed.policy)
-        return pack(header, {entry.name: _zeros(entry) for entry in header.entries}, quality)
+        PACKED[compressed.policy.key()] = compressed.policy
+        return pack(header, {entry.name: _zeros(entry) for entry in header.entries}, quality, compressed.policy.key())
 
     def reload(self, path: Path) -> tuple[Artifact, FakeModel]:
         """The file at `path` and the model it describes."""
         artifact = read(path)
-        return artifact, FakeModel(artifact.header.policy)
+        return artifact, FakeModel(PACKED[artifact.key])
 
 
 def _zeros(entry: Entry) -> Stored:
@@ -317,6 +323,8 @@ class World:
     def search(self, *, resume: bool = False, folder: Path | None = None, **given: Any) -> Outcome:
         """`search` with settings and arguments mixed."""
         other = {name: given.pop(name) for name in ("timeout", "watch", "started") if name in given}
+        if "space" in given:
+            other["space"] = load_space(given["space"])
         return search(self.settings(**given), folder or self.run, resume=resume, **other)
 
     def killed(self, at: int, **given: Any) -> None:

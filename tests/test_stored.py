@@ -89,8 +89,8 @@ def test_the_exponent_brings_the_largest_value_to_the_top_of_the_format(largest:
     assert 2.0**14 <= brought < 2.0**15
 
 
-@pytest.mark.parametrize(("largest", "expected"), [(1e-38, 100), (3e38, -100), (1.0, 14), (32768.0, -1)])
-def test_exponents_clamp_at_a_hundred(largest: float, expected: int) -> None:
+@pytest.mark.parametrize(("largest", "expected"), [(1e-45, 160), (1e-38, 141), (3e38, -113), (1.0, 14), (32768.0, -1)])
+def test_exponents_reach_all_floats_and_clamp(largest: float, expected: int) -> None:
     assert half_exponent(torch.tensor([largest])) == expected
 
 

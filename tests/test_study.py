@@ -152,7 +152,7 @@ def test_stopped_run_continues_to_the_same_end(world: World, tmp_path: Path, cal
 
 
 def parents_of(found: Outcome) -> list[str]:
-    return [study.one_shot(t.evaluation.policy).key() for t in found.trials if t.evaluation.rung == 1]
+    return [t.evaluation.policy.without_recovery().key() for t in found.trials if t.evaluation.rung == 1]
 
 
 def test_recovery_trains_front_members_spread_from_smallest_to_largest(world: World) -> None:
@@ -517,7 +517,7 @@ def test_resume_with_an_edited_space_file_is_refused(world: World) -> None:
     world.search(trials=3)
     world.space.write_text(TINY_SPACE_TEXT)
     with pytest.raises(RunError, match="another space"):
-        world.search(trials=5, resume=True)
+        world.search(trials=5, resume=True, space=str(world.space))
 
 
 def make_file(path: Path) -> None:

@@ -9,16 +9,16 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
 from autocompress.errors import ArtifactError
 from autocompress.graph import Graph, Shape
-from autocompress.policy import LayerChoice, Policy
+from autocompress.policy import LayerChoice, Policy, Recovery
 
 MAGIC = b"ACZ1"
-PREFIX = struct.Struct("<4sIQIQd")  # magic, CRC-32 of all that follows it, file length, header length, flags, quality
+PREFIX = struct.Struct("<4sIQI8sd")  # magic, CRC-32 of what follows it, file length, header length, policy key, quality
 MAX_HEADER = 4 * 2**20
 MAX_DIMENSIONS = 8
 
@@ -147,7 +147,11 @@ def plan(graph: Graph, policy: Policy) -> tuple[Entry, ...]:
 
 @dataclass(frozen=True)
 class Header:
-    """What the file says of itself, beside the measured quality, which stands in the prefix."""
+    """What the file says of itself, beside the measured quality and the policy's key, which stand in the prefix.
+
+    `policy` is without its recovery training, which leaves no trace in the file but in its values; so a trained
+    model's file is exactly as long as the untrained one's.
+    """
 
     task: str
     metric: str
@@ -163,7 +167,7 @@ class Header:
             "task": self.task,
             "metric": self.metric,
             "graph": self.graph,
-            "policy": self.policy.to_json(),
+            "policy": {name: value for name, value in self.policy.to_json().items() if name != "recovery"},
             "folded": list(self.folded),
             "tensors": [entry.to_json() for entry in self.entries],
             "versions": dict(self.versions),
@@ -204,9 +208,9 @@ class Header:
 
 def header_for(graph: Graph, policy: Policy, task: str, metric: str, versions: Mapping[str, str]) -> Header:
     """The header of the file that `policy` leads to."""
-    return Header(
-        task, metric, graph.shapes_fingerprint, policy, tuple(graph.folded(policy)), plan(graph, policy), versions
-    )
+    folded, entries = tuple(graph.folded(policy)), plan(graph, policy)
+    plain = replace(policy, recovery=Recovery())
+    return Header(task, metric, graph.shapes_fingerprint, plain, folded, entries, versions)
 
 
 def file_bytes(header: Header) -> int:

@@ -145,20 +145,23 @@ def _place(values: Tensor, shape: tuple[int, ...], mask: Tensor | None, backgrou
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """A file that was read: its header, its tensors, the quality on `val` it claims (NaN if none), its length."""
+    """A file that was read: header, tensors, the quality on `val` it claims, its length, its whole policy's key."""
 
     header: Header
     tensors: StoredModel
     quality: float
     bytes: int
+    key: str
 
 
-def pack(header: Header, tensors: StoredModel, quality: float) -> bytes:
-    """The whole file. `quality` is what `val` gave for exactly these tensors."""
+def pack(header: Header, tensors: StoredModel, quality: float, key: str) -> bytes:
+    """The whole file. `quality` is what `val` gave for exactly these tensors, `key` that of the policy behind them."""
     described = header.encode()
     sections = [write_section(entry, tensors[entry.name]) for entry in header.entries]
     total = PREFIX.size + len(described) + sum(map(len, sections))
-    rest = PREFIX.pack(MAGIC, 0, total, len(described), 0, quality)[8:] + described + b"".join(sections)
+    rest = (
+        PREFIX.pack(MAGIC, 0, total, len(described), bytes.fromhex(key), quality)[8:] + described + b"".join(sections)
+    )
     return MAGIC + struct.pack("<I", zlib.crc32(rest)) + rest
 
 
@@ -166,14 +169,14 @@ def unpack(content: bytes, name: str = "the artifact") -> Artifact:
     """Read a whole file. Raises `ArtifactError` unless every byte is accounted for; allocates nothing before."""
     if len(content) < PREFIX.size or content[:4] != MAGIC:
         raise ArtifactError(f"{name} is not an autocompress artifact (it does not start with {MAGIC.decode()})")
-    _, checksum, total, header_length, flags, quality = PREFIX.unpack_from(content)
+    _, checksum, total, header_length, key, quality = PREFIX.unpack_from(content)
     if total != len(content):
         what = "cut short" if total > len(content) else "longer than it was written"
         raise ArtifactError(f"{name} is {what}: it announces {total:,} bytes and has {len(content):,}; export it again")
     if zlib.crc32(memoryview(content)[8:]) != checksum:
         raise ArtifactError(f"{name} is damaged: its checksum does not match; export it again")
-    if flags or header_length > total - PREFIX.size:
-        raise ArtifactError(f"{name} was written by another version of the format")
+    if header_length > total - PREFIX.size:
+        raise ArtifactError(f"{name} announces a header that is longer than the file")
     at = PREFIX.size + header_length
     header = Header.decode(content[PREFIX.size : at])
     if header.payload_bytes != total - at:
@@ -183,7 +186,7 @@ def unpack(content: bytes, name: str = "the artifact") -> Artifact:
     for entry in header.entries:
         tensors[entry.name] = read_section(entry, view[at : at + entry.nbytes])
         at += entry.nbytes
-    return Artifact(header, tensors, quality, total)
+    return Artifact(header, tensors, quality, total, key.hex())
 
 
 def read(path: Path) -> Artifact:
@@ -204,7 +207,7 @@ def build(artifact: Artifact, architecture: nn.Module) -> nn.Module:
     if header.graph != tensors_fingerprint(tensors_of(architecture)):
         raise ArtifactError(
             f"the artifact was made for another network: task {header.task!r} had tensors of other names or shapes "
-            "than this task's model"
+            "than this task's model; they do not belong together"
         )
     _check_folds(header.folded, tensors, architecture)
     _check_tensors(tensors, architecture, header.folded)
@@ -224,27 +227,29 @@ def _check_folds(folded: Sequence[str], tensors: StoredModel, model: nn.Module) 
 
 
 def _check_tensors(tensors: StoredModel, model: nn.Module, folded: Sequence[str]) -> None:
-    """Every tensor belongs to the model and is no larger than there; none that the model needs is absent."""
+    """None that the model needs is absent; every one belongs to it and is no larger than there."""
     state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    for name, stored in tensors.items():
-        shape = tuple(stored.dense().shape)
-        if name in state:
-            whole = tuple(state[name].shape)
-            fits = len(shape) == len(whole) and all(a <= b for a, b in zip(shape, whole, strict=True))
-        else:  # the bias that a folded norm left
-            owner, _, key = name.rpartition(".")
-            weight = tensors.get(f"{owner}.weight" if owner else "weight")
-            fits = key == "bias" and weight is not None and shape == tuple(weight.dense().shape[:1])
-        if not fits:
-            raise ArtifactError(
-                f"the artifact holds {name!r} of shape {shape}, which the task's model has no place for"
-            )
     filled = {id(state[name]) for name in tensors if name in state}
     gone = {id(model.get_submodule(name)) for name in folded}
     for name, value in state.items():
         holder = model.get_submodule(name.rpartition(".")[0])
         if id(value) not in filled and id(holder) not in gone and not name.endswith(".num_batches_tracked"):
             raise ArtifactError(f"the artifact lacks {name!r}, which the task's model needs")
+    for name, stored in tensors.items():
+        shape = tuple(stored.dense().shape)
+        owner, _, key = name.rpartition(".")
+        weight = tensors.get(f"{owner}.weight" if owner else "weight")
+        if name in state:
+            largest = tuple(state[name].shape)
+            fits = len(shape) == len(largest) and all(a <= b for a, b in zip(shape, largest, strict=True))
+        elif key == "bias" and weight is not None:  # what a folded norm left
+            fits = not isinstance(stored, Raw) and shape == tuple(weight.dense().shape[:1])
+        else:
+            raise ArtifactError(f"the artifact holds {name!r}, which the task's model does not have")
+        if not fits:
+            raise ArtifactError(
+                f"tensor {name!r} of shape {shape} and the task's model do not belong together: it has no such place"
+            )
 
 
 def load(path: str | Path, task: Task | None = None) -> nn.Module:

@@ -126,19 +126,20 @@ class OptunaController:
     def restore(self, evaluations: Iterable[Evaluation]) -> None:
         """See `Controller`."""
         for evaluation in evaluations:
-            if self._baselines and evaluation.policy == self._baselines[0]:
-                self._baselines.popleft()
             if self._sampler is _nsga2:
                 self._replay(evaluation)
             else:
+                if self._baselines and evaluation.policy == self._baselines[0]:
+                    self._baselines.popleft()
                 self.study.add_trial(self._frozen(evaluation))
                 self._after(evaluation)
 
     def _replay(self, evaluation: Evaluation) -> None:
-        """Ask and tell once more: NSGA-II marks generations on trials as it is asked."""
-        self.study.sampler = self._sampler(_mix(self._seed, len(self.study.get_trials(deepcopy=False))))
-        self.study.enqueue_trial(dict(self._space.encode(evaluation.policy)))
-        self._pending[evaluation.policy.key()] = self._ask(recovery=evaluation.policy.recovery.epochs > 0)
+        """Ask as then, and tell: NSGA-II marks generations on the trials it is asked for."""
+        policy, epochs = evaluation.policy, evaluation.policy.recovery.epochs
+        asked = self.ask(policy.without_recovery(), epochs) if epochs else self.ask()
+        trial = self._pending.pop(asked.key())
+        self._pending[policy.key()] = trial
         self.tell(evaluation)
 
     def _after(self, evaluation: Evaluation) -> None:

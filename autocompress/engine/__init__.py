@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autocompress.engine.finetune import Constraint, Hints, train
 from autocompress.engine.prune import Importance, magnitude_mask, remove_channels
 from autocompress.engine.quantize import Grid, quantise
-from autocompress.engine.recalibrate import fold, norms, reestimate
+from autocompress.engine.recalibrate import fold, norms, reestimate, statistics
 from autocompress.graph import Graph, Layer
 from autocompress.policy import LayerChoice, Policy
 from autocompress.stored import Quantised, Stored, StoredModel
@@ -81,8 +81,10 @@ class Workbench:
         return self._steps
 
     def student(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """The resident model with its batch norms, filled with `state`."""
+        """The resident model with its batch norms, filled with `state`, and no memory of earlier candidates."""
+        counters = [name for name in self.state if name.endswith(".num_batches_tracked")]
         install(self._student, {name: state[name] for name in self.graph.tensors})
+        install(self._student, {name: self.state[name] for name in counters})
         return self._student.eval()
 
     def realise(self, compressed: Compressed) -> nn.Module:
@@ -133,7 +135,7 @@ def compress(bench: Workbench, policy: Policy, progress: Progress | None = None)
     if policy.recovery.reestimate_bn and bench.eps and bench.calibration:
         student = bench.student({**state, **{name: stored.dense() for name, stored in weights.items()}})
         reestimate(student, bench.calibration)
-        state = {**state, **{k: v.detach().cpu().clone() for k, v in student.state_dict().items() if k not in weights}}
+        state = {**state, **{k: student.state_dict()[k].detach().cpu().clone() for k in statistics(student)}}
     return Compressed(policy, fold(weights, state, graph, policy, bench.eps))
 
 
@@ -159,7 +161,8 @@ def _recover(
         seed=bench.seed,
         progress=progress,
     )
-    return {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
+    trained = student.state_dict()
+    return {name: v.detach().cpu().clone() for name, v in trained.items() if isinstance(v, Tensor)}
 
 
 def _start(state: Mapping[str, Tensor], weights: Mapping[str, Stored]) -> dict[str, Tensor]:

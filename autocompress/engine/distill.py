@@ -45,14 +45,15 @@ class Features:
 def hint_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor:
     """Mean over hint layers of |student - teacher|^2 / |teacher|^2 (FitNets, 1412.6550, equation 3).
 
-    A pruned layer is compared with the teacher's channels that it kept (`kept[name]`, along dimension 1), so no
-    projection has to be learnt.
+    A pruned layer is compared with the teacher's channels that it kept (`kept[name]`), so no projection has to be
+    learnt. Channels run along dimension 1, or the last for a linear layer over positions: the one that shrank.
     """
     terms = []
     for name, value in student.items():
         target = teacher[name].detach()
         if name in kept:
-            target = target.index_select(1, kept[name].to(target.device))
+            shrunk = 1 if value.shape[1] != target.shape[1] else -1
+            target = target.index_select(shrunk, kept[name].to(target.device))
         terms.append((value - target).square().sum() / target.square().sum().clamp_min(1e-12))
     return torch.stack(terms).mean()
 

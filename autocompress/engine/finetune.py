@@ -14,7 +14,7 @@ from autocompress.engine.distill import Features, hint_loss, recovery_loss
 from autocompress.engine.quantize import Grid
 from autocompress.engine.schedules import Plateau, learning_rate
 from autocompress.policy import Gradient, Recovery
-from autocompress.task import Task, arguments, call, to_device
+from autocompress.task import Batch, Task, arguments, call, length, to_device
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
 REPORTS_PER_EPOCH = 4
@@ -91,7 +91,11 @@ def train(
     with torch.random.fork_rng(devices=[]), Features(student, layers) as own, Features(teacher, layers) as given:
         torch.manual_seed(seed)
         for epoch in range(recovery.epochs):
-            for batch in task.batches("train", seed + epoch):
+            for given_batch in task.batches("train", seed + epoch):
+                batch = Batch(*given_batch)
+                if length(batch.inputs) < 2:  # batch norms cannot train on a single example
+                    step += 1
+                    continue
                 inputs = to_device(batch.inputs, device)
                 with torch.no_grad():
                     target = call(teacher, inputs) if recovery.distill_weight > 0 or layers else None

@@ -86,7 +86,8 @@ class Importance:
     def __init__(self, task: Task, model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> None:
         """`model` is the dense model; `batches` are calibration batches from the training split."""
         self._task, self._model, self._graph, self._batches = task, model, graph, list(batches)
-        self._state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+        state = model.state_dict()
+        self._state = {name: value.detach().cpu() for name, value in state.items() if isinstance(value, Tensor)}
         self._scores: dict[Criterion, dict[str, Tensor]] = {}
 
     def kept(self, policy: Policy) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ class Grid:
     def encode(self, weight: Tensor) -> Tensor:
         """Codes, as floats, of the nearest grid points: same shape as `weight` (out, ...)."""
         scale, zero = self._rows(weight)
-        return (torch.round(weight / scale) + zero).clamp(0, 2**self.bits - 1)
+        return (torch.round(weight / _divisor(scale)) + zero).clamp(0, 2**self.bits - 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Weights of `codes`."""
@@ -71,18 +71,18 @@ def _symmetric(rows: Tensor, bits: int, share: float) -> Grid:
     scale = torch.where(-low >= high, 1.0, -1.0) * torch.maximum(-low / half, high / half)
     other = torch.minimum(-low, high) / max(1, half - 1)
     scale = torch.sign(scale) * torch.maximum(scale.abs(), other) * share
-    return Grid(_nonzero(scale), torch.full_like(scale, half), bits, True)
+    return Grid(scale, torch.full_like(scale, half), bits, True)
 
 
 def _asymmetric(rows: Tensor, bits: int, share: float) -> Grid:
     low, high = rows.amin(dim=1).clamp(max=0) * share, rows.amax(dim=1).clamp(min=0) * share
-    scale = _nonzero((high - low) / (2**bits - 1))
-    return Grid(scale, torch.round(-low / scale).clamp(0, 2**bits - 1), bits, False)
+    scale = (high - low) / (2**bits - 1)
+    return Grid(scale, torch.round(-low / _divisor(scale)).clamp(0, 2**bits - 1), bits, False)
 
 
-def _nonzero(scale: Tensor) -> Tensor:
-    """An all-zero channel gets scale 1: any grid represents it."""
-    return torch.where(scale.abs() < 1e-30, torch.ones_like(scale), scale)
+def _divisor(scale: Tensor) -> Tensor:
+    """A channel whose scale is 0 (all zeros, or too small beside the others for 16 bits) has only the code of zero."""
+    return torch.where(scale == 0, torch.full_like(scale, float("inf")), scale)
 
 
 def quantise(weight: Tensor, choice: LayerChoice, mask: Tensor | None, grid: Grid | None = None) -> Stored:

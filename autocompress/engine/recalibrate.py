@@ -12,7 +12,7 @@ from autocompress.graph import Graph
 from autocompress.policy import Policy
 from autocompress.stored import Full, Half, Raw, Stored, StoredModel, round_to_half
 from autocompress.surgery import fold_scale
-from autocompress.task import Batch, call, to_device
+from autocompress.task import Batch, call, length, to_device
 
 _NORM = nn.modules.batchnorm._BatchNorm
 
@@ -22,6 +22,11 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if isinstance(m, _NORM) and m.track_running_stats}
 
 
+def statistics(model: nn.Module) -> list[str]:
+    """State-dict names of the running statistics."""
+    return [f"{name}.{key}" if name else key for name in norms(model) for key in ("running_mean", "running_var")]
+
+
 def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Replace running statistics by their mean over `batches`; every other module stays in evaluation mode.
 
@@ -29,7 +34,8 @@ def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
     Batches with the training augmentation give the statistics that training would.
     """
     found = norms(model)
-    if not found:
+    usable = [batch for batch in batches if length(batch.inputs) > 1]  # one example has no variance
+    if not found or not usable:
         return
     model.eval()
     momenta = {}
@@ -41,7 +47,7 @@ def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
     try:
         device = next(model.parameters()).device
         with torch.no_grad():
-            for batch in batches:
+            for batch in usable:
                 call(model, to_device(batch.inputs, device))
     finally:
         for name, norm in found.items():

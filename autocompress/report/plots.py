@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,13 +103,15 @@ def front_png(run: Run, width: float = 7.0, height: float = 4.4, dpi: int = 150)
         ylim=(low, high + 0.08 * (high - low)),
         xlabel="file size",
         ylabel=f"{_safe(run.metric)} on val",
-        title=f"{_safe(run.settings.task)}: smaller and better is up and left",
+        title=f"{_safe(run.task)}: smaller and better is up and left",
     )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size_text(x)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25, which="both")
     out = io.BytesIO()
-    figure.savefig(out, format="png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a name in a script that the font lacks shows as boxes
+        figure.savefig(out, format="png")
     return out.getvalue()
 
 

@@ -37,6 +37,7 @@ class Run:
     """Everything a run folder says, read once."""
 
     folder: Path
+    task: str
     settings: Settings
     config: dict[str, Any]
     budget: Budget
@@ -62,6 +63,7 @@ class Run:
                 )
             return cls(
                 folder,
+                facts["identity"]["task"],
                 settings,
                 config,
                 Budget(**facts["budget"]),

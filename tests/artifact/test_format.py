@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,14 @@ from autocompress.stored import Full, Half, Quantised, Raw, Stored, round_to_hal
 Array = np.ndarray[Any, Any]
 
 
+KEY = "0123456789abcdef"
+
 # --- the decoder: struct, zlib, json and numpy ----------------------------------------------------------
 
 
 def decode(content: bytes) -> tuple[dict[str, Any], dict[str, Array], float]:
-    magic, checksum, total, length, flags, quality = struct.unpack("<4sIQIQd", content[:36])
-    assert (magic, total, flags) == (b"ACZ1", len(content), 0)
+    magic, checksum, total, length, _, quality = struct.unpack("<4sIQI8sd", content[:36])
+    assert (magic, total) == (b"ACZ1", len(content))
     assert zlib.crc32(content[8:]) == checksum
     header = json.loads(zlib.decompress(content[36 : 36 + length]))
     at, tensors = 36 + length, {}
@@ -127,7 +130,7 @@ def entry(name: str, kind: Any, shape: tuple[int, ...], stored: Stored, coding: 
 def file_of(tensors: list[tuple[str, tuple[int, ...], Stored, str]], quality: float = 0.5) -> bytes:
     entries = tuple(entry(f"t{i}", *tensor) for i, tensor in enumerate(tensors))
     header = layout.Header("task", "accuracy", "0" * 16, Policy(), ("bn",), entries, {"torch": "2"})
-    content = packed.pack(header, {f"t{i}": tensor[2] for i, tensor in enumerate(tensors)}, quality)
+    content = packed.pack(header, {f"t{i}": tensor[2] for i, tensor in enumerate(tensors)}, quality, KEY)
     assert layout.file_bytes(header) == len(content)
     return content
 
@@ -164,7 +167,7 @@ def test_what_was_read_is_written_again_to_the_same_bytes(
 ) -> None:
     content = file_of(tensors)
     read = packed.unpack(content)
-    assert packed.pack(read.header, read.tensors, read.quality) == content
+    assert packed.pack(read.header, read.tensors, read.quality, read.key) == content
 
 
 def test_documented_bytes_of_a_small_file() -> None:
@@ -178,7 +181,7 @@ def test_documented_bytes_of_a_small_file() -> None:
     length = int.from_bytes(content[16:20], "little")
     assert content[:4] == b"ACZ1"
     assert content[8:16] == len(content).to_bytes(8, "little")
-    assert content[20:36] == bytes(8) + struct.pack("<d", 0.25)
+    assert content[20:36] == bytes.fromhex(KEY) + struct.pack("<d", 0.25)
     rows = json.loads(zlib.decompress(content[36 : 36 + length]))["tensors"]
     assert rows == [["t0", "q", [2, 3], 3, 1, 3], ["t1", "h", [2]]]
     exponent = 15  # brings 0.5 to 2^14
@@ -223,8 +226,8 @@ def test_second_decoder_reads_whole_models(bench: Workbench, bits: int, scheme: 
     policy = Policy(layers, {group.name: 0.5 for group in bench.graph.prunable}, recovery=Recovery(fold_bn=fold))
     compressed = compress(bench, policy)
     size = Size(bench.graph, "small", "accuracy")
-    header, tensors, _ = decode(packed.pack(size.header(policy), compressed.tensors, 0.5))
-    assert Policy.from_json(header["policy"]) == policy
+    header, tensors, _ = decode(packed.pack(size.header(policy), compressed.tensors, 0.5, policy.key()))
+    assert Policy.from_json(header["policy"]) == replace(policy, recovery=Recovery())
     assert header["folded"] == (["1"] if fold else [])
     assert list(tensors) == list(compressed.tensors)
     for name, stored in compressed.tensors.items():

@@ -26,6 +26,7 @@ from autocompress import (
     TaskError,
     Workbench,
     compress,
+    files,
     load_space,
 )
 from autocompress.artifact import layout, packed
@@ -250,7 +251,7 @@ def test_rounding_to_the_files_halves_twice_changes_nothing(values: list[float])
 def test_load_rebuilds_the_pruned_architecture(task: ClassificationTask, evaluator: Evaluator, tmp_path: Path) -> None:
     policy = Policy(keep={group.name: 0.5 for group in evaluator.graph.prunable})
     content, scored = written(evaluator, policy)
-    packed.write(tmp_path / "m.acz", content)
+    files.write(tmp_path / "m.acz", content)
     model = autocompress.load(tmp_path / "m.acz", task)
     dense = task.model()
     assert policy.keep
@@ -266,7 +267,7 @@ def test_load_rebuilds_the_pruned_architecture(task: ClassificationTask, evaluat
 def test_loaded_model_shares_nothing_with_another(
     task: ClassificationTask, evaluator: Evaluator, tmp_path: Path
 ) -> None:
-    packed.write(tmp_path / "m.acz", written(evaluator, Policy())[0])
+    files.write(tmp_path / "m.acz", written(evaluator, Policy())[0])
     a, b = (autocompress.load(str(tmp_path / "m.acz"), task) for _ in range(2))
     with torch.no_grad():
         for parameter in a.parameters():
@@ -284,14 +285,14 @@ def test_digits_loads_by_name_without_training(monkeypatch: pytest.MonkeyPatch, 
     policy = Policy(keep={group.name: 0.25 for group in bench.graph.prunable})
     compressed = compress(bench, policy)
     header = Size(bench.graph, "digits", "accuracy").header(policy)
-    packed.write(tmp_path / "digits.acz", packed.pack(header, compressed.tensors, 0.5))
+    files.write(tmp_path / "digits.acz", packed.pack(header, compressed.tensors, 0.5, compressed.policy.key()))
     inputs = bench.example.inputs
     assert torch.equal(autocompress.load(tmp_path / "digits.acz")(inputs), bench.realise(compressed)(inputs))
     assert not (tmp_path / "cache").exists()
 
 
 def test_artifact_of_another_task_is_refused(evaluator: Evaluator, tmp_path: Path) -> None:
-    packed.write(tmp_path / "m.acz", written(evaluator, Policy())[0])
+    files.write(tmp_path / "m.acz", written(evaluator, Policy())[0])
     with pytest.raises(ArtifactError, match="'small'"):
         autocompress.load(tmp_path / "m.acz", task_of(nn.Sequential(nn.Conv2d(3, 4, 3)), name="other"))
     with pytest.raises(ArtifactError, match=r"do not belong together"):
@@ -311,8 +312,8 @@ def test_file_that_cannot_be_opened_is_an_artifact_error(tmp_path: Path, name: s
 
 def test_write_makes_folders_and_replaces_a_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "m.acz"
-    assert packed.write(path, b"old one") == 7
-    assert packed.write(path, b"new") == 3
+    assert files.write(path, b"old one") == 7
+    assert files.write(path, b"new") == 3
     assert path.read_bytes() == b"new"
     assert [p.name for p in path.parent.iterdir()] == ["m.acz"]
 
@@ -322,14 +323,14 @@ def test_write_that_fails_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     path = tmp_path / "m.acz"
-    packed.write(path, b"old")
+    files.write(path, b"old")
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(*((os, "fsync") if step == "fsync" else (Path, "replace")), fail)
     with pytest.raises(OSError, match="No space"):
-        packed.write(path, b"new")
+        files.write(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["m.acz"]
 
@@ -363,7 +364,7 @@ def test_no_pickle_is_needed_to_write_and_load(
 
     for name in ("pickle.loads", "pickle.load", "pickle.dumps", "torch.load", "torch.save"):
         monkeypatch.setattr(name, refuse)
-    packed.write(tmp_path / "m.acz", written(evaluator, Policy())[0])
+    files.write(tmp_path / "m.acz", written(evaluator, Policy())[0])
     assert isinstance(autocompress.load(tmp_path / "m.acz", task), Small)
 
 

@@ -147,7 +147,7 @@ GROUP = Group(
         Member("a.weight", 0, ((2,), (0,), (1,))),
         Member("b.weight", 0, ((0, 1), (2, 3), (4, 5))),
         Member("norm.weight", 0, ((0,), (1,), (2,))),
-        Member("reader.weight", 1, ((0,), (1,), (2,))),
+        Member("reader.weight", 1, ((0,), (1,), (2,)), reads=True),
     ),
 )
 FILTERS = (([2], [0, 1]), ([0], [2, 3]), ([1], [4, 5]))
