@@ -134,7 +134,7 @@ def test_a_name_that_is_no_task_lists_what_is(spec: str) -> None:
 def test_a_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:
     path = tmp_path / "absent.py"
     message = complaint(f"{path}:task")
-    assert message == f"no task file {path}: check the path, or write one with `autocompress init {path}`"
+    assert message == f"no task file {path}: check the path, or write one with `autocompress init absent.py`"
 
 
 def test_a_missing_name_lists_the_present_ones(write: Callable[..., str]) -> None:

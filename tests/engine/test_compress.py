@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocompress import ClassificationTask, PolicyError, Workbench, compress
+from autocompress import ClassificationTask, PolicyError, Workbench, compress, engine
 from autocompress.engine import Compressed
 from autocompress.policy import BITS, Criterion, LayerChoice, Policy, Recovery
 from autocompress.stored import Quantised
@@ -158,6 +158,17 @@ def test_training_does_not_move_a_layers_grid(bench: Workbench) -> None:
         assert not torch.equal(a.codes, b.codes)
 
 
+def test_training_starts_from_the_weights_before_rounding(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: dict[str, Tensor] = {}
+
+    def spy(student: nn.Module, *_: Any, **__: Any) -> None:
+        started.update({name: value.clone() for name, value in student.state_dict().items()})
+
+    monkeypatch.setattr(engine, "train", spy)
+    compress(bench, everywhere(LayerChoice(3, 0.5), bench, epochs=1))
+    assert all(torch.equal(started[f"{name}.weight"], bench.teacher.get_parameter(f"{name}.weight")) for name in LAYERS)
+
+
 def test_training_brings_a_strongly_compressed_model_closer_to_its_teacher(bench: Workbench) -> None:
     inputs = data(1)[0]
     distance = {}
@@ -210,6 +221,15 @@ def test_other_candidates_in_between_change_nothing() -> None:
         alone = outcome(fresh_bench(), other)
         assert outcome(bench, other) == alone
         assert outcome(bench, a) == first
+
+
+def test_channels_kept_by_another_criterion_are_not_confused(bench: Workbench) -> None:
+    policy = everywhere(LayerChoice(4), bench, 0.5)
+    for criterion in ("entropy", "l1", "taylor"):
+        outcome(bench, replace(policy, criterion=criterion))
+    fresh = fresh_bench()
+    assert outcome(bench, replace(policy, criterion="l1")) == outcome(fresh, replace(policy, criterion="l1"))
+    assert outcome(bench, replace(policy, criterion="entropy")) != outcome(fresh, replace(policy, criterion="l1"))
 
 
 def test_results_do_not_change_when_others_are_realised(bench: Workbench) -> None:
