@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from autocompress.engine.schedules import DECAYS, Plateau, learning_rate
 from autocompress.policy import Decay, Recovery
 
-TOTALS = (1, 2, 3, 4, 7, 30, 101)
+TOTALS = (1, 2, 4, 30, 101)
 RATES = (1.0, 0.5, 0.01, 1e-3)
 
 
