@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ def normalise_gradients(parameters: Iterable[Tensor], kind: Gradient) -> None:
         if kind == "centralise":
             p.grad -= p.grad.mean(dim=tuple(range(1, p.ndim)), keepdim=True)
         else:
-            spread = p.grad.std(unbiased=False).clamp_min(1e-12)
+            spread = p.grad.std(unbiased=False)
+            spread = spread.clamp_min(1e-6 * float(p.grad.abs().max())).clamp_min(1e-12)  # a constant has none
             p.grad = (p.grad - p.grad.mean()) / spread * p.detach().square().mean().sqrt()
 
 
@@ -80,45 +82,61 @@ def train(
     Batches of epoch e come from `task.batches("train", seed + e)`. `progress(step, total)` is called after each
     step. Raises `FloatingPointError` when the loss is not finite.
     """
-    device = next(student.parameters()).device
     trained = [p.requires_grad_() for p in student.parameters() if p.is_floating_point()]
     optimizer = torch.optim.SGD(trained, lr=recovery.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
     plateau = Plateau(recovery.adjust_factor, recovery.adjust_patience)
     total, interval = recovery.epochs * steps_per_epoch, max(1, steps_per_epoch // REPORTS_PER_EPOCH)
     layers = hints.layers if recovery.hint_weight > 0 else ()
+    recent: list[float] = []
     student.train()
-    step, recent = 0, 0.0
     with torch.random.fork_rng(devices=[]), Features(student, layers) as own, Features(teacher, layers) as given:
         torch.manual_seed(seed)
-        for epoch in range(recovery.epochs):
-            for given_batch in task.batches("train", seed + epoch):
-                batch = Batch(*given_batch)
-                if length(batch.inputs) < 2:  # batch norms cannot train on a single example
-                    step += 1
-                    continue
-                inputs = to_device(batch.inputs, device)
-                with torch.no_grad():
-                    target = call(teacher, inputs) if recovery.distill_weight > 0 or layers else None
-                weights = {name: c.apply(student.get_parameter(name)) for name, c in constraints.items()}
-                positional, named = arguments(inputs)
-                outputs = functional_call(student, weights, positional, named)
+        for step, pair in enumerate(_epochs(task, recovery.epochs, seed)):
+            batch = Batch(*pair)
+            outputs = _outputs(student, batch, constraints)
+            if outputs is not None:
+                target = _told(teacher, batch) if recovery.distill_weight > 0 or layers else None
                 hint = hint_loss(own.values, given.values, hints.kept) if layers else None
                 loss = recovery_loss(task, recovery, outputs, target, batch, hint)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"the recovery loss became {value} at step {step} of {total}")
+                recent.append(float(loss.detach()))
+                if not math.isfinite(recent[-1]):
+                    raise FloatingPointError(f"the recovery loss became {recent[-1]} at step {step} of {total}")
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recovery, min(step, total), total, plateau)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 normalise_gradients(trained, recovery.gradient)
                 optimizer.step()
-                step, recent = step + 1, recent + value
-                if step % interval == 0:
-                    plateau.report(recent / interval)
-                    recent = 0.0
-                if progress is not None:
-                    progress(step, total)
+            if (step + 1) % interval == 0 and recent:
+                plateau.report(sum(recent) / len(recent))
+                recent.clear()
+            if progress is not None:
+                progress(step + 1, total)
     student.eval()
     for p in trained:
         p.requires_grad_(False)
+
+
+def _epochs(task: Task, epochs: int, seed: int) -> Iterator[Any]:
+    """Training batches of all epochs, one after another."""
+    for epoch in range(epochs):
+        yield from task.batches("train", seed + epoch)
+
+
+def _outputs(student: nn.Module, batch: Batch, constraints: Mapping[str, Constraint]) -> Any:
+    """What the constrained student says; None for a lone example that a batch norm cannot train on."""
+    inputs = to_device(batch.inputs, next(student.parameters()).device)
+    weights = {name: c.apply(student.get_parameter(name)) for name, c in constraints.items()}
+    positional, named = arguments(inputs)
+    try:
+        return functional_call(student, weights, positional, named)
+    except ValueError:
+        if length(inputs) > 1:
+            raise
+        return None
+
+
+def _told(teacher: nn.Module, batch: Batch) -> Any:
+    """What the teacher says."""
+    with torch.no_grad():
+        return call(teacher, to_device(batch.inputs, next(teacher.parameters()).device))

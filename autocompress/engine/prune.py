@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,10 @@ def norm_importance(state: Mapping[str, Tensor], group: Group, order: int) -> Te
 
 
 def taylor_importance(state: Mapping[str, Tensor], gradients: Mapping[str, Tensor], group: Group) -> Tensor:
-    """Squared first-order change of the loss when a channel goes: (sum of w g over its filters)^2.
+    """Squared first-order change of one batch's loss when a channel goes: (sum of w g over its filters)^2.
 
-    Molchanov et al. 2019, 1906.10771, equation 8, summed inside a filter as in their gate formulation.
+    Molchanov et al. 2019, 1906.10771, equation 8, summed inside a filter as in their gate formulation. The criterion
+    is its mean over batches: at a trained optimum gradients cancel between batches, their squares do not.
     """
     change = torch.zeros(group.channels, dtype=torch.float64)
     for member in group.producers:
@@ -111,31 +112,32 @@ class Importance:
         if criterion in ("l1", "l2"):
             return {g.name: norm_importance(self._state, g, 1 if criterion == "l1" else 2) for g in groups}
         if criterion == "taylor":
-            gradients = self._gradients()
-            return {g.name: taylor_importance(self._state, gradients, g) for g in groups}
+            total = {g.name: torch.zeros(g.channels, dtype=torch.float64) for g in groups}
+            for gradients in self._gradients():
+                for g in groups:
+                    total[g.name] += taylor_importance(self._state, gradients, g) / len(self._batches)
+            return total
         measure = entropy_importance if criterion == "entropy" else gini_importance
         return {name: measure(values) for name, values in self._activations().items()}
 
-    def _gradients(self) -> dict[str, Tensor]:
-        """Gradient of the task's loss, averaged over the calibration batches."""
+    def _gradients(self) -> Iterator[dict[str, Tensor]]:
+        """Gradient of the task's loss on each calibration batch."""
         device = next(self._model.parameters()).device
         parameters = dict(self._model.named_parameters())
         trained = {name: p.requires_grad for name, p in parameters.items()}
-        total = {name: torch.zeros_like(p, device="cpu") for name, p in parameters.items()}
         try:
             for p in parameters.values():
                 p.requires_grad_(True)
             for batch in self._batches:
                 loss = self._task.loss(call(self._model, to_device(batch.inputs, device)), batch)
-                for name, g in zip(
-                    parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True
-                ):
-                    if g is not None:
-                        total[name] += g.cpu() / len(self._batches)
+                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                yield {
+                    name: torch.zeros_like(p, device="cpu") if g is None else g.cpu()
+                    for (name, p), g in zip(parameters.items(), found, strict=True)
+                }
         finally:
             for name, p in parameters.items():
                 p.requires_grad_(trained[name])
-        return total
 
     def _activations(self) -> dict[str, Tensor]:
         """What each group's first reader sees, averaged over positions: (inputs, channels)."""

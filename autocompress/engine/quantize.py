@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autocompress.policy import LayerChoice
-from autocompress.stored import Full, Half, Quantised, Stored, round_to_half
+from autocompress.stored import Full, Half, Quantised, Stored, half_exponent, round_to_half
 
 CLIPPING = tuple(1.0 - 0.04 * step for step in range(20))
 """Shares of the full range that are tried; the one with the least squared error wins (LAPQ-style clipping)."""
@@ -52,6 +52,8 @@ def fit_grid(weight: Tensor, bits: int, *, symmetric: bool) -> Grid:
     `weight` (out, ...); pruned entries count as exact zeros on every grid.
     """
     rows = weight.detach().float().flatten(1)  # (out, n)
+    unit = 2.0 ** -half_exponent(rows)  # so that squared errors neither overflow nor vanish
+    rows = rows / unit
     best_error = torch.full((len(rows),), float("inf"), device=rows.device)
     best_scale, best_zero = torch.ones_like(best_error), torch.zeros_like(best_error)
     for share in CLIPPING if bits < 8 else CLIPPING[:5]:
@@ -61,7 +63,7 @@ def fit_grid(weight: Tensor, bits: int, *, symmetric: bool) -> Grid:
         best_error = torch.where(wins, error, best_error)
         best_scale = torch.where(wins, grid.scale, best_scale)
         best_zero = torch.where(wins, grid.zero, best_zero)
-    return Grid(round_to_half(best_scale), best_zero, bits, symmetric)
+    return Grid(round_to_half(best_scale * unit), best_zero, bits, symmetric)
 
 
 def _symmetric(rows: Tensor, bits: int, share: float) -> Grid:
@@ -87,7 +89,7 @@ def _divisor(scale: Tensor) -> Tensor:
 
 def quantise(weight: Tensor, choice: LayerChoice, mask: Tensor | None, grid: Grid | None = None) -> Stored:
     """`weight` (out, ...) as the file holds it: pruned by `mask`, then on `grid` or the best grid of `choice`."""
-    weight = weight.detach().float() if mask is None else weight.detach().float() * mask
+    weight = weight.detach().float().clone() if mask is None else weight.detach().float() * mask
     if choice.bits == 32:
         return Full(weight, mask)
     if choice.bits == 16:

@@ -34,8 +34,7 @@ def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
     Batches with the training augmentation give the statistics that training would.
     """
     found = norms(model)
-    usable = [batch for batch in batches if length(batch.inputs) > 1]  # one example has no variance
-    if not found or not usable:
+    if not found:
         return
     model.eval()
     momenta = {}
@@ -47,8 +46,12 @@ def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
     try:
         device = next(model.parameters()).device
         with torch.no_grad():
-            for batch in usable:
-                call(model, to_device(batch.inputs, device))
+            for batch in batches:
+                try:
+                    call(model, to_device(batch.inputs, device))
+                except ValueError:  # a lone example may have no variance
+                    if length(batch.inputs) > 1:
+                        raise
     finally:
         for name, norm in found.items():
             norm.momentum = momenta[name]
@@ -79,5 +82,5 @@ def fold(
 def _rest(value: Tensor, dtype: str) -> Stored:
     """What is not a compressible weight, as `artifact.layout.rest_entry` announces it."""
     if not value.is_floating_point():
-        return Raw(value)
-    return Full(value.float()) if dtype == "exact" else Half(round_to_half(value.float()))
+        return Raw(value.clone())
+    return Full(value.float().clone()) if dtype == "exact" else Half(round_to_half(value.float()))

@@ -15,7 +15,10 @@ def constant(step: int, total: int, rate: float) -> float:  # noqa: ARG001 (one 
 
 
 def step_decay(step: int, total: int, rate: float) -> float:
-    """Two equal drops, at one and two thirds, that end at `rate` (torch `StepLR`, gamma = sqrt(rate))."""
+    """Two equal drops, at one and two thirds, that end at `rate` (torch `StepLR`, gamma = sqrt(rate)).
+
+    With fewer than three steps there is no room for both.
+    """
     return math.sqrt(rate) ** (step // math.ceil(total / 3))
 
 

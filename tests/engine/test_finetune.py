@@ -376,3 +376,32 @@ def test_a_last_batch_of_one_example_trains() -> None:
             return [*others, Batch(last.inputs[:1], last.target[:1])]
 
     trained(Recovery(epochs=1), task=Odd())
+
+
+class Singles(Classification):
+    """One example a batch, and a network without batch norms."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.batch_size = 1
+        self._model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3))
+
+
+def test_batches_of_one_example_train_a_network_that_allows_them() -> None:
+    task, heard = Singles(), []
+    student = task.model()
+    recovery = Recovery(epochs=1, distill_weight=0.0)
+    train(
+        student,
+        teacher_of(task),
+        task,
+        recovery,
+        {},
+        Hints(),
+        steps_per_epoch=16 * STEPS,
+        seed=0,
+        progress=lambda step, _: heard.append(step),
+    )
+    assert not equal(state_of(student), state_of(task.model()))
+    assert heard == list(range(1, 16 * STEPS + 1))

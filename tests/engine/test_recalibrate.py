@@ -147,6 +147,15 @@ def test_a_last_batch_of_one_example_does_not_break_calibration() -> None:
     assert all(torch.isfinite(stored.dense()).all() for stored in found.tensors.values())
 
 
+def test_single_images_have_statistics_over_their_pixels() -> None:
+    model = cnn()
+    inputs = inputs_of(model)
+    with torch.no_grad():
+        variances = [model[0](image[None]).numpy().var((0, 2, 3), ddof=1) for image in inputs]
+    reestimate(model, batches_of(inputs, *[1] * len(inputs)))
+    np.testing.assert_allclose(model[1].running_var.numpy(), np.mean(variances, axis=0), rtol=1e-4)
+
+
 # --- folding --------------------------------------------------------------------------------------------
 
 MODELS = {
