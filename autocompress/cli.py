@@ -26,7 +26,7 @@ from rich.table import Table
 from autocompress.errors import AutocompressError, BudgetError, RunError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
-    from autocompress.front import Trial, Wish
+    from autocompress.front import Trial
     from autocompress.report.tables import Run
     from autocompress.study import Progress, Settings, Study
 
@@ -220,6 +220,7 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
         with err.status("loading the task", spinner="dots") as status:
             yield lambda p: status.update(_glance(p))
         return
+    err.print("loading the task")
     last: tuple[str, float] = ("", -math.inf)
 
     def log(progress: Progress) -> None:
@@ -286,7 +287,7 @@ Best = Annotated[bool, typer.Option("--best", help="The best quality within all 
 TrialNumber = Annotated[int | None, typer.Option("--trial", help="This trial.", metavar="N")]
 
 
-def _wish(
+def _choose(
     run: Run,
     max_size: str | None,
     max_latency: str | None,
@@ -294,8 +295,9 @@ def _wish(
     knee: bool,
     best: bool,
     trial: int | None,
-) -> Wish:
-    from autocompress.front import Wish
+) -> Trial:
+    """The trial that the options of `pick` and `export` name."""
+    from autocompress.front import Wish, pick
     from autocompress.trial import Budget, Limit
 
     if sum((knee, best, trial is not None)) > 1:
@@ -308,7 +310,8 @@ def _wish(
     budget = Budget.resolve(limits, run.dense)
     if (max_size is not None) != (budget.bytes is not None) or (max_latency is not None) != (budget.ms is not None):
         raise BudgetError("--max-size takes bytes and --max-latency takes time")
-    return Wish(budget.bytes, budget.ms, min_quality, best, knee, trial)
+    wish = Wish(budget.bytes, budget.ms, min_quality, best, knee, trial)
+    return pick(run.trials, run.direction, wish, run.budget)
 
 
 @app.command(
@@ -328,12 +331,10 @@ def pick_(
     as_json: Json = False,
 ) -> None:
     """Choose one trial of a run by limits, and say how to export it."""
-    from autocompress.front import pick
     from autocompress.report.tables import Run, plain, row
 
     run = Run.read(run_folder)
-    wish = _wish(run, max_size, max_latency, min_quality, knee, best, trial)
-    chosen = pick(run.trials, run.direction, wish, run.budget)
+    chosen = _choose(run, max_size, max_latency, min_quality, knee, best, trial)
     m = chosen.measured
     out.print(
         f"[bold]Trial {chosen.number}[/]: {m.bytes:,} bytes ({m.bytes / run.dense.bytes:.1%} of the original), "
@@ -390,12 +391,10 @@ def export(
     """Write the artifact of one trial; without a choice, of the run's pick."""
     from autocompress.artifact.packed import read
     from autocompress.files import write
-    from autocompress.front import pick
     from autocompress.report.tables import Run
 
     run = Run.read(run_folder)
-    wish = _wish(run, max_size, max_latency, min_quality, knee, best, trial)
-    chosen = pick(run.trials, run.direction, wish, run.budget)
+    chosen = _choose(run, max_size, max_latency, min_quality, knee, best, trial)
     target = output or Path(f"{run_folder.resolve().name}-trial-{chosen.number}.acz")
     if target.is_dir():
         raise RunError(f"{target} is a folder: give a file name with --output")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +41,8 @@ MAX_ATTEMPTS = 2
 """How often a trial may take its process down before it is written off as failed."""
 PATIENCE = 200
 """Proposals in a row that need no evaluation (known or over budget) after which the space counts as exhausted."""
+_OURS = re.compile(r"trial-\d+\.(acz|json)|\.trial-\d+\.(acz|json)\..*")
+"""Files of a run folder that may be removed: finished ones, and temporary ones of `files.write`."""
 _PACKAGES = ("autocompress", "torch", "torch-pruning", "optuna", "numpy", "scikit-learn")
 
 
@@ -359,8 +362,8 @@ class Study:
         current = {trial.number for trial in self.front()}
         keep = {Path(artifact_name(number)).name for number in current} | {f"trial-{n}.json" for n in current}
         for folder in ("artifacts", "policies"):
-            for path in (self.folder / folder).glob("*trial-*"):
-                if path.name not in keep:
+            for path in (self.folder / folder).iterdir():
+                if _OURS.fullmatch(path.name) and path.name not in keep:
                     path.unlink()
         for trial in self.trials:
             if trial.artifact and trial.number not in current:
