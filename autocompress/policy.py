@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 from autocompress.errors import PolicyError
 
 Scheme = Literal["symmetric", "asymmetric"]
+Solver = Literal["nearest", "database"]
 Criterion = Literal["l1", "l2", "taylor", "entropy", "gini"]
 Decay = Literal["constant", "step", "exponential", "cosine", "polynomial"]
 Gradient = Literal["none", "centralise", "standardise"]
@@ -106,11 +107,14 @@ class Policy:
     """One candidate. `layers` and `keep` are read-only; layers and groups that are not named stay dense.
 
     `keep` maps a coupling group to the share of its channels that stays; which ones is decided by `criterion`.
+    `solver` says how zeros and codes are found: by magnitude and to the nearest grid point, or from the layer
+    database, which compensates for what each layer's inputs show. Layers whose channels are pruned take the former.
     """
 
     layers: Mapping[str, LayerChoice] = field(default_factory=dict)
     keep: Mapping[str, float] = field(default_factory=dict)
     criterion: Criterion = "l2"
+    solver: Solver = "nearest"
     recovery: Recovery = field(default_factory=Recovery)
 
     def __post_init__(self) -> None:
@@ -118,6 +122,7 @@ class Policy:
         for group, ratio in self.keep.items():
             _require(0.0 < ratio <= 1.0, f"keep ratio of {group}", ratio, "in (0, 1]")
         _one_of("criterion", self.criterion, Criterion)
+        _one_of("solver", self.solver, Solver)
         object.__setattr__(self, "layers", MappingProxyType(dict(sorted(self.layers.items()))))
         object.__setattr__(self, "keep", MappingProxyType(dict(sorted(self.keep.items()))))
 
@@ -133,6 +138,7 @@ class Policy:
             "layers": {name: asdict(choice) for name, choice in self.layers.items()},
             "keep": dict(self.keep),
             "criterion": self.criterion,
+            "solver": self.solver,
             "recovery": asdict(self.recovery),
         }
 
@@ -150,6 +156,7 @@ class Policy:
                 },
                 keep={name: _number(f"policy.keep.{name}", ratio) for name, ratio in keep.items()},
                 criterion=top.get("criterion", "l2"),
+                solver=top.get("solver", "nearest"),
                 recovery=Recovery(**_typed(Recovery, "policy.recovery", top.get("recovery", {}))),
             )
         except TypeError as error:

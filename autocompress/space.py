@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from autocompress.artifact.layout import weight_entry
 from autocompress.errors import SpaceError
 from autocompress.graph import Graph, Layer, Shape
-from autocompress.policy import BITS, Criterion, Decay, Gradient, LayerChoice, Policy, Recovery, Scheme
+from autocompress.policy import BITS, Criterion, Decay, Gradient, LayerChoice, Policy, Recovery, Scheme, Solver
 
 Value = int | float | str | bool
 
@@ -93,6 +93,7 @@ class LayerSection(_Section):
     bits: Bits = [32]
     sparsity: Sparsities = [0.0]
     scheme: Annotated[list[Scheme], Field(min_length=1)] = ["symmetric"]
+    solver: Annotated[list[Solver], Field(min_length=1)] = ["nearest"]
 
 
 class ChannelSection(_Section):
@@ -246,6 +247,7 @@ class Space:
             found.append(Ordered(f"sparsity/{layer.name}", self.sparsity[layer.name]))
         found += [Ordered(f"keep/{name}", ratios) for name, ratios in self.keep.items()]
         found.append(Categorical("scheme", _distinct(self.file.layers.scheme)))
+        found.append(Categorical("solver", _distinct(self.file.layers.solver)))
         if any(len(ratios) > 1 for ratios in self.keep.values()):
             found.append(Categorical("criterion", _distinct(self.file.channels.criterion)))
         found.append(Categorical("batch_norm/reestimate", _distinct(self.file.batch_norm.reestimate)))
@@ -281,7 +283,8 @@ class Space:
             )
         keep = {name: _at(ratios, point, f"keep/{name}") for name, ratios in self.keep.items()}
         criterion = point.get("criterion", self.file.channels.criterion[0])
-        return Policy(layers, keep, criterion, self._recovery(point, epochs))  # type: ignore[arg-type]
+        solver = point.get("solver", self.file.layers.solver[0])
+        return Policy(layers, keep, criterion, solver, self._recovery(point, epochs))  # type: ignore[arg-type]
 
     def _recovery(self, point: Mapping[str, Value], epochs: int) -> Recovery:
         bn: dict[str, Any] = {
@@ -316,6 +319,7 @@ class Space:
         known: dict[str, Any] = {
             "scheme": next(iter(schemes), "symmetric"),
             "criterion": policy.criterion,
+            "solver": policy.solver,
             "batch_norm/reestimate": policy.recovery.reestimate_bn,
             "batch_norm/fold": policy.recovery.fold_bn,
         }

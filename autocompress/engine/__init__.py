@@ -11,23 +11,26 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autocompress.engine.database import LayerDatabase, moments
 from autocompress.engine.finetune import Constraint, Hints, train
 from autocompress.engine.prune import Importance, magnitude_mask, remove_channels
 from autocompress.engine.quantize import Grid, quantise
 from autocompress.engine.recalibrate import fold, norms, reestimate, statistics
 from autocompress.graph import Graph, Layer
-from autocompress.policy import LayerChoice, Policy
+from autocompress.policy import LayerChoice, Policy, Solver
 from autocompress.stored import Quantised, Stored, StoredModel
 from autocompress.surgery import install, without
 from autocompress.task import Batch, Task, length, probe
 from autocompress.trace import trace
 
 CALIBRATION_INPUTS = 512
+DATABASE_INPUTS = 1024
 _CACHE_BYTES = 512 * 2**20
 
 Progress = Callable[[int, int], None]
@@ -54,21 +57,21 @@ class Workbench:
         state = self.teacher.state_dict()
         self.state = {name: value.detach().cpu() for name, value in state.items() if isinstance(value, Tensor)}
         self.eps = {name: float(norm.eps) for name, norm in norms(self.teacher).items()}  # type: ignore[arg-type]
-        self.calibration = self._calibration()
+        self.calibration = self._calibration(CALIBRATION_INPUTS)
         self.importance = Importance(task, self.teacher, self.graph, self.calibration)
         self._student = copy.deepcopy(self.teacher)
         self._deployed: dict[bool, nn.Module] = {}
         self._layers: OrderedDict[Any, tuple[Stored, int]] = OrderedDict()
         self._steps: int | None = None
 
-    def _calibration(self) -> list[Batch]:
+    def _calibration(self, inputs: int) -> list[Batch]:
         """Training batches, augmented as in training, the same ones for every candidate."""
         found: list[Batch] = []
         count = 0
         for batch in self.task.batches("train", self.seed):
             found.append(Batch(*batch))
             count += length(found[-1].inputs)
-            if count >= CALIBRATION_INPUTS:
+            if count >= inputs:
                 break
         return found
 
@@ -97,11 +100,22 @@ class Workbench:
         install(model, {name: stored.dense() for name, stored in compressed.tensors.items()})
         return model.eval()
 
-    def stored(self, layer: Layer, choice: LayerChoice, weight: Tensor, channels: tuple[Any, ...]) -> Stored:
+    @cached_property
+    def database(self) -> LayerDatabase:
+        """Layer solutions; the pass that gathers their statistics runs on first use."""
+        batches = self._calibration(DATABASE_INPUTS)
+        return LayerDatabase(self.state, moments(self.teacher, self.graph, batches, self.seed))
+
+    def stored(
+        self, layer: Layer, choice: LayerChoice, weight: Tensor, channels: tuple[Any, ...], solver: Solver = "nearest"
+    ) -> Stored:
         """`weight` under `choice`, from the cache if this layer was seen with the same `channels` kept."""
-        key = (layer.name, choice, channels)
+        key = (layer.name, choice, channels, solver)
         if key not in self._layers:
-            stored = quantise(weight, choice, magnitude_mask(weight, choice.zeros(weight.numel())))
+            if solver == "database" and not channels:
+                stored = self.database.solve(layer, choice)
+            else:
+                stored = quantise(weight, choice, magnitude_mask(weight, choice.zeros(weight.numel())))
             self._layers[key] = stored, weight.numel() * (2 if isinstance(stored, Quantised) else 5)
             while sum(size for _, size in self._layers.values()) > _CACHE_BYTES and len(self._layers) > 1:
                 self._layers.popitem(last=False)
@@ -126,7 +140,7 @@ def compress(bench: Workbench, policy: Policy, progress: Progress | None = None)
             for g in graph.prunable
             if g.name in kept and any(m.tensor == layer.weight for m in g.members)
         )
-        weights[layer.weight] = bench.stored(layer, choice, state[layer.weight], channels)
+        weights[layer.weight] = bench.stored(layer, choice, state[layer.weight], channels, policy.solver)
     if policy.recovery.epochs:
         state = _recover(bench, policy, state, weights, kept, progress)
         for layer, choice in graph.choices(policy):
@@ -148,7 +162,7 @@ def _recover(
     progress: Progress | None,
 ) -> dict[str, Tensor]:
     """All tensors after recovery training, weights still in float but true to their masks and grids."""
-    student = bench.student({**state, **_start(state, weights)})
+    student = bench.student({**state, **_start(state, weights, policy.solver)})
     constraints = {name: _constraint(stored) for name, stored in weights.items()}
     train(
         student,
@@ -165,8 +179,11 @@ def _recover(
     return {name: v.detach().cpu().clone() for name, v in trained.items() if isinstance(v, Tensor)}
 
 
-def _start(state: Mapping[str, Tensor], weights: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """Training starts from the dense weights, not the rounded ones: the remainder says which way to go."""
+def _start(state: Mapping[str, Tensor], weights: Mapping[str, Stored], solver: Solver) -> dict[str, Tensor]:
+    """Where training starts: database solutions, which already make up for one another; else the dense weights, not
+    the rounded ones, since the remainder says which way to go."""
+    if solver == "database":
+        return {name: stored.dense() for name, stored in weights.items()}
     return {name: state[name] for name in weights}
 
 

@@ -46,10 +46,11 @@ class Grid:
         return scale * (codes - zero)
 
 
-def fit_grid(weight: Tensor, bits: int, *, symmetric: bool) -> Grid:
+def fit_grid(weight: Tensor, bits: int, *, symmetric: bool, importance: Tensor | None = None) -> Grid:
     """The grid per channel that loses least: candidates are clipped versions of the full range.
 
-    `weight` (out, ...); pruned entries count as exact zeros on every grid.
+    `weight` (out, ...); pruned entries count as exact zeros on every grid. `importance` (inputs of a row,) weighs the
+    squared errors; without it all count alike.
     """
     rows = weight.detach().float().flatten(1)  # (out, n)
     unit = 2.0 ** -half_exponent(rows)  # so that squared errors neither overflow nor vanish
@@ -58,7 +59,8 @@ def fit_grid(weight: Tensor, bits: int, *, symmetric: bool) -> Grid:
     best_scale, best_zero = torch.ones_like(best_error), torch.zeros_like(best_error)
     for share in CLIPPING if bits < 8 else CLIPPING[:5]:
         grid = _symmetric(rows, bits, share) if symmetric else _asymmetric(rows, bits, share)
-        error = (grid.decode(grid.encode(rows)) - rows).square().sum(dim=1)
+        error = (grid.decode(grid.encode(rows)) - rows).square()
+        error = (error if importance is None else error * importance).sum(dim=1)
         wins = error < best_error
         best_error = torch.where(wins, error, best_error)
         best_scale = torch.where(wins, grid.scale, best_scale)
