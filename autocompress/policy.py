@@ -114,8 +114,8 @@ class Policy:
     layers: Mapping[str, LayerChoice] = field(default_factory=dict)
     keep: Mapping[str, float] = field(default_factory=dict)
     criterion: Criterion = "l2"
-    solver: Solver = "nearest"
     recovery: Recovery = field(default_factory=Recovery)
+    solver: Solver = "nearest"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", {name: _number(f"keep.{name}", ratio) for name, ratio in self.keep.items()})

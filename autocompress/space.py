@@ -284,7 +284,7 @@ class Space:
         keep = {name: _at(ratios, point, f"keep/{name}") for name, ratios in self.keep.items()}
         criterion = point.get("criterion", self.file.channels.criterion[0])
         solver = point.get("solver", self.file.layers.solver[0])
-        return Policy(layers, keep, criterion, solver, self._recovery(point, epochs))  # type: ignore[arg-type]
+        return Policy(layers, keep, criterion, self._recovery(point, epochs), solver)  # type: ignore[arg-type]
 
     def _recovery(self, point: Mapping[str, Value], epochs: int) -> Recovery:
         bn: dict[str, Any] = {

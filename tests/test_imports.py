@@ -101,7 +101,11 @@ def test_only_the_tracer_knows_torch_pruning() -> None:
 
 
 def test_passes_know_one_another_only_where_they_must() -> None:
-    allowed = {"finetune": {"distill", "schedules", "quantize"}, "recalibrate": {"quantize"}}
+    allowed = {
+        "database": {"prune", "quantize"},
+        "finetune": {"distill", "schedules", "quantize"},
+        "recalibrate": {"quantize"},
+    }
     for module in of("autocompress.engine"):
         name = module.rpartition(".")[2]
         if name != "engine":

@@ -106,13 +106,17 @@ class Workbench:
         batches = self._calibration(DATABASE_INPUTS)
         return LayerDatabase(self.state, moments(self.teacher, self.graph, batches, self.seed))
 
+    def compensates(self, layer: Layer, channels: tuple[Any, ...], solver: Solver) -> bool:
+        """Whether this layer's solution comes from the database."""
+        return solver == "database" and not channels and self.database.knows(layer)
+
     def stored(
         self, layer: Layer, choice: LayerChoice, weight: Tensor, channels: tuple[Any, ...], solver: Solver = "nearest"
     ) -> Stored:
         """`weight` under `choice`, from the cache if this layer was seen with the same `channels` kept."""
         key = (layer.name, choice, channels, solver)
         if key not in self._layers:
-            if solver == "database" and not channels:
+            if self.compensates(layer, channels, solver):
                 stored = self.database.solve(layer, choice)
             else:
                 stored = quantise(weight, choice, magnitude_mask(weight, choice.zeros(weight.numel())))
@@ -134,15 +138,21 @@ def compress(bench: Workbench, policy: Policy, progress: Progress | None = None)
     kept = bench.importance.kept(policy)
     state = remove_channels(bench.state, graph, kept)
     weights: dict[str, Stored] = {}
+    start: dict[str, Tensor] = {}
     for layer, choice in graph.choices(policy):
         channels = tuple(
             (g.name, len(kept[g.name]), policy.criterion)
             for g in graph.prunable
             if g.name in kept and any(m.tensor == layer.weight for m in g.members)
         )
-        weights[layer.weight] = bench.stored(layer, choice, state[layer.weight], channels, policy.solver)
+        stored = bench.stored(layer, choice, state[layer.weight], channels, policy.solver)
+        weights[layer.weight] = stored
+        # training goes on from solutions that make up for one another; a plainly rounded weight starts from its
+        # dense value, since the remainder says which way to go
+        if bench.compensates(layer, channels, policy.solver):
+            start[layer.weight] = stored.dense()
     if policy.recovery.epochs:
-        state = _recover(bench, policy, state, weights, kept, progress)
+        state = _recover(bench, policy, {**state, **start}, weights, kept, progress)
         for layer, choice in graph.choices(policy):
             constraint = _constraint(weights[layer.weight])
             weights[layer.weight] = quantise(state[layer.weight], choice, constraint.mask, constraint.grid)
@@ -162,7 +172,7 @@ def _recover(
     progress: Progress | None,
 ) -> dict[str, Tensor]:
     """All tensors after recovery training, weights still in float but true to their masks and grids."""
-    student = bench.student({**state, **_start(state, weights, policy.solver)})
+    student = bench.student(state)
     constraints = {name: _constraint(stored) for name, stored in weights.items()}
     train(
         student,
@@ -177,14 +187,6 @@ def _recover(
     )
     trained = student.state_dict()
     return {name: v.detach().cpu().clone() for name, v in trained.items() if isinstance(v, Tensor)}
-
-
-def _start(state: Mapping[str, Tensor], weights: Mapping[str, Stored], solver: Solver) -> dict[str, Tensor]:
-    """Where training starts: database solutions, which already make up for one another; else the dense weights, not
-    the rounded ones, since the remainder says which way to go."""
-    if solver == "database":
-        return {name: stored.dense() for name, stored in weights.items()}
-    return {name: state[name] for name in weights}
 
 
 def _constraint(stored: Stored) -> Constraint:

@@ -7,7 +7,8 @@ improved by coordinate descent on its grid. A solution is a function of weight, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,8 @@ EXACT_BYTES = 2**30
 """Layers whose row-wise inverses of H take more are pruned with the one inverse that all rows share."""
 BLOCK = 64
 SWEEPS = 3
+RELAXATIONS = 8
+"""Sweeps of coordinate descent that stand for least squares where the exact systems are too large."""
 
 
 # --- statistics -----------------------------------------------------------------------------------------
@@ -204,21 +207,27 @@ def with_feedback(weight: Tensor, h: Tensor, mask: Tensor, grid: Grid | None) ->
 
 def descend(codes: Tensor, weight: Tensor, h: Tensor, mask: Tensor, grid: Grid) -> Tensor:
     """One sweep of coordinate descent on the grid: each weight in turn becomes the best code given all others."""
+    values = _sweep(grid.decode(codes), weight, h, mask, lambda column: grid.decode(grid.encode(column)))
+    return torch.where(mask, grid.encode(values), grid.zero[:, None])
+
+
+def _sweep(values: Tensor, weight: Tensor, h: Tensor, mask: Tensor, settle: Callable[[Tensor], Tensor]) -> Tensor:
+    """Each column in turn goes where the H error of its row is least, then where `settle` lets it."""
     metric, diagonal = h.float(), h.diagonal().float()
-    codes = codes.clone()
-    slope = (grid.decode(codes) - weight.float()) @ metric
-    for start in range(0, codes.shape[1], BLOCK):
-        stop = min(codes.shape[1], start + BLOCK)
+    values = values.clone()
+    slope = (values - weight.float()) @ metric
+    for start in range(0, values.shape[1], BLOCK):
+        stop = min(values.shape[1], start + BLOCK)
         inside = slope[:, start:stop].clone()
-        moves = torch.empty(len(codes), stop - start)
+        moves = torch.empty(len(values), stop - start)
         for j in range(start, stop):
-            present = grid.decode(codes[:, j])
-            best = grid.encode(present - inside[:, j - start] / diagonal[j])
-            codes[:, j] = torch.where(mask[:, j], best, grid.zero)
-            moves[:, j - start] = grid.decode(codes[:, j]) - present
+            best = settle(values[:, j] - inside[:, j - start] / diagonal[j])
+            best = torch.where(mask[:, j], best, 0.0)
+            moves[:, j - start] = best - values[:, j]
+            values[:, j] = best
             inside += moves[:, j - start, None] * metric[j, start:stop]
         slope += moves @ metric[start:stop]
-    return codes
+    return values
 
 
 def refit_scale(codes: Tensor, weight: Tensor, h: Tensor, grid: Grid) -> Grid:
@@ -237,7 +246,10 @@ def solve(weight: Tensor, h: Tensor, mask: Tensor, choice: LayerChoice) -> tuple
     elif _exact(*weight.shape):
         fitted = least_squares(weight, h, mask)
     else:
-        fitted = with_feedback(weight, h, mask, None).double()
+        values = with_feedback(weight, h, mask, None)
+        for _ in range(RELAXATIONS):
+            values = _sweep(values, weight, h, mask, lambda column: column)
+        fitted = values.double()
     if choice.bits >= 16:
         return fitted.float(), None
     importance = h.diagonal().float()
@@ -249,18 +261,32 @@ def solve(weight: Tensor, h: Tensor, mask: Tensor, choice: LayerChoice) -> tuple
     return codes, grid
 
 
+def _normalised(item: tuple[str, Tensor]) -> tuple[str, Tensor | None]:
+    """H scaled to a mean diagonal of 1, which changes no solution; None, with a warning, where it is of no use."""
+    name, h = item
+    scaled = h / h.diagonal(dim1=1, dim2=2).mean()
+    if bool(torch.isfinite(scaled).all()) and bool((torch.linalg.cholesky_ex(scaled).info == 0).all()):
+        return name, scaled
+    warnings.warn(f"layer {name} is rounded to nearest: what it sees in calibration is not usable", stacklevel=2)
+    return name, None
+
+
 class LayerDatabase:
     """Solutions of one model's layers, each found on first use."""
 
     def __init__(self, state: Mapping[str, Tensor], h: Mapping[str, Tensor]) -> None:
-        """`h` as `moments` gives it; layers without one are rounded to nearest."""
-        self._state, self._h = state, h
+        """`h` as `moments` gives it; layers without a usable one are rounded to nearest."""
+        self._state, self._h = state, {name: value for name, value in map(_normalised, h.items()) if value is not None}
         self._ranks: dict[str, Tensor] = {}
+
+    def knows(self, layer: Layer) -> bool:
+        """Whether there are statistics for this layer."""
+        return layer.name in self._h
 
     def solve(self, layer: Layer, choice: LayerChoice) -> Stored:
         """The layer's weight under `choice`."""
         weight = self._state[layer.weight]
-        if layer.name not in self._h:
+        if not self.knows(layer):
             return quantise(weight, choice, magnitude_mask(weight, choice.zeros(weight.numel())))
         rows = weight.flatten(1)
         mask = self._mask(layer, rows, choice.zeros(weight.numel()))

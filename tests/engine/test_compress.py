@@ -92,7 +92,7 @@ def everywhere(choice: LayerChoice, bench: Workbench, keep: float = 1.0, **recov
 
 def mixed(bench: Workbench, **recovery: Any) -> Policy:
     layers = {"stem": LayerChoice(4, 0.3), "inner": LayerChoice(3, 0.5, "asymmetric"), "head": LayerChoice(16)}
-    return Policy(layers, {groups(bench)[0]: 0.5}, "taylor", Recovery(epochs=2, hint_weight=0.5, **recovery))
+    return Policy(layers, {groups(bench)[0]: 0.5}, "taylor", recovery=Recovery(epochs=2, hint_weight=0.5, **recovery))
 
 
 # --- what comes out -------------------------------------------------------------------------------------
@@ -212,8 +212,8 @@ def test_other_candidates_in_between_change_nothing() -> None:
     bench = fresh_bench()
     a, keep = mixed(bench), dict.fromkeys(groups(bench), 0.25)
     others = [
-        Policy(a.layers, keep, "taylor", a.recovery),
-        Policy({"stem": LayerChoice(4, 0.3)}, {}, "taylor", Recovery(fold_bn=False, reestimate_bn=False)),
+        Policy(a.layers, keep, "taylor", recovery=a.recovery),
+        Policy({"stem": LayerChoice(4, 0.3)}, {}, "taylor", recovery=Recovery(fold_bn=False, reestimate_bn=False)),
     ]
     first = outcome(bench, a)
     for other in others:
