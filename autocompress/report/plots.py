@@ -27,13 +27,14 @@ def _ok(run: Run) -> list[Trial]:
 
 
 def _quality_range(run: Run) -> tuple[float, float]:
-    """Limits that show the upper part of the front and the dense model; weak trials may fall outside."""
-    values = sorted([t.measured.quality for t in run.front] + [run.dense.quality])
+    """Limits that show the dense model and the front as far as anyone would use it; weak trials may fall outside."""
+    dense, values = run.dense.quality, [t.measured.quality for t in run.front]
     if run.direction == "max":
-        low, high = values[len(values) // 5], values[-1]
+        low, high = max(min(values), dense - 0.1 * abs(dense)), max(*values, dense)
     else:
-        low, high = values[0], values[-1 - len(values) // 5]
-    margin = max((high - low) * 0.15, abs(high) * 1e-3, 1e-9)
+        low, high = min(*values, dense), min(max(values), dense + abs(dense))
+    low, high = min(low, dense), max(high, dense)
+    margin = max((high - low) * 0.1, abs(high) * 1e-3, 1e-9)
     return low - margin, high + margin
 
 
