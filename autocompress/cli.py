@@ -176,22 +176,27 @@ def _conclude(run: Run, *, as_json: bool) -> None:
             soft_wrap=True,
         )
         out.print(
-            f"Take it away: autocompress export {run.folder} --trial {picked.number} --format packed", soft_wrap=True
+            f"Take it away: autocompress export {shlex.quote(str(run.folder))} --trial {picked.number} --format packed",
+            soft_wrap=True,
         )
     for warning in run.warnings:
         err.print(f"[yellow]warning:[/] {escape(warning)}")
-    if picked is None:
-        what = (
-            f"the nearest of {run.evaluations} evaluations is trial {nearest.number} with "
-            f"{nearest.measured.bytes:,} bytes and {nearest.measured.latency_ms:.3g} ms"
-            if nearest
-            else f"none of {run.evaluations} evaluations succeeded; see {run.folder / 'report.html'}"
+    failed = [t for t in run.trials if t.evaluation.status == "failed"]
+    if failed:
+        last = failed[-1].evaluation.error.strip().splitlines()[-1]
+        err.print(f"{len(failed)} of {run.evaluations} evaluations failed, the last with: {last}", markup=False)
+    if nearest is not None and picked is None:
+        err.print(
+            f"[red]nothing fits[/] {run.budget}: the nearest of {run.evaluations} evaluations is trial "
+            f"{nearest.number} with {nearest.measured.bytes:,} bytes and {nearest.measured.latency_ms:.3g} ms",
+            soft_wrap=True,
         )
-        err.print(f"[red]nothing fits[/] {run.budget}: {what}", soft_wrap=True)
+    elif picked is None:
+        err.print(f"[red]no evaluation succeeded[/]; see {run.folder / 'report.html'}", soft_wrap=True)
     if as_json:
         _print_json(summary(run))
     if picked is None:
-        raise typer.Exit(3)
+        raise typer.Exit(3 if nearest is not None else 1)
 
 
 def _front_table(run: Run) -> Table:
@@ -342,7 +347,9 @@ def pick_(
         f"(original {run.dense.latency_ms:.3g})."
     )
     out.print(_neighbours(run, chosen), soft_wrap=True)
-    out.print(f"autocompress export {run_folder} --trial {chosen.number} --format packed", soft_wrap=True)
+    out.print(
+        f"autocompress export {shlex.quote(str(run_folder))} --trial {chosen.number} --format packed", soft_wrap=True
+    )
     if as_json:
         _print_json(
             plain(
@@ -582,6 +589,7 @@ def profile(
 @app.command(epilog=_examples("autocompress init", "autocompress init detector.py"))
 def init(
     file: Annotated[Path, typer.Argument(help="Task file to write.", metavar="[FILE]")] = Path("my_task.py"),
+    as_json: Json = False,
 ) -> None:
     """Write a commented task file to start from. It runs as it stands."""
     if file.suffix != ".py":
@@ -594,7 +602,9 @@ def init(
         raise RunError(f"{file} already exists; choose another name") from None
     except OSError as error:
         raise RunError(f"cannot write {file}: {error.strerror}") from None
-    out.print(f"Wrote {file}. Try it: autocompress search {file}:task --budget 100kB", soft_wrap=True)
+    out.print(f"Wrote {file}. Try it: autocompress search {shlex.quote(f'{file}:task')} --budget 100kB", soft_wrap=True)
+    if as_json:
+        _print_json({"file": str(file)})
 
 
 # --- the process ----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from autocompress.errors import AutocompressError
+from autocompress.errors import AutocompressError, NothingFits
 from autocompress.trial import Budget, Evaluation, Measurement
 
 Point = tuple[float, ...]
@@ -70,7 +70,10 @@ def knee(points: Sequence[Point]) -> int:
     low = [min(p[d] for p in points) for d in (0, 1)]
     span = [max(p[d] for p in points) - low[d] or 1.0 for d in (0, 1)]
     scaled = [((p[0] - low[0]) / span[0], (p[1] - low[1]) / span[1]) for p in points]
-    return min(range(len(points)), key=lambda i: (scaled[i][0] + scaled[i][1], i))
+    below = [i for i in range(len(points)) if len(points) < 3 or scaled[i][0] + scaled[i][1] < 1 - 1e-9]
+    if not below:  # the front bends the other way: the end of best quality
+        return min(range(len(points)), key=lambda i: (points[i][0], i))
+    return min(below, key=lambda i: (scaled[i][0] + scaled[i][1], i))
 
 
 # --- trials ---------------------------------------------------------------------------------------------
@@ -96,9 +99,9 @@ def feasible(trials: Sequence[Trial], budget: Budget) -> list[Trial]:
 
 
 def nearest(trials: Sequence[Trial], budget: Budget) -> Trial | None:
-    """The `ok` trial that misses the budget by the least share."""
+    """The `ok` trial that misses the budget by the least share; of equals the smallest."""
     ok = [trial for trial in trials if trial.evaluation.status == "ok"]
-    return min(ok, key=lambda trial: (budget.excess(trial.measured), trial.number), default=None)
+    return min(ok, key=lambda t: (budget.excess(t.measured), t.measured.bytes, t.number), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ class Wish:
 def pick(trials: Sequence[Trial], direction: str, wish: Wish, budget: Budget) -> Trial:
     """The trial that `wish` names, or the best quality within all limits and the run's `budget`.
 
-    Equal quality goes to the fewer bytes, then the lower latency. Raises `AutocompressError` that says which limit
+    Equal quality goes to the fewer bytes, then the lower latency. Raises `NothingFits` that says which limit
     rules everything out.
     """
     if wish.trial is not None:
@@ -126,7 +129,7 @@ def pick(trials: Sequence[Trial], direction: str, wish: Wish, budget: Budget) ->
         raise AutocompressError(f"trial {wish.trial} is not in this run or was not measured; see front.csv")
     fits = feasible(trials, budget)
     if not fits:
-        raise AutocompressError(f"this run has no trial within {budget}")
+        raise NothingFits(f"this run has no trial within {budget}")
     sign = 1.0 if direction == "max" else -1.0
     checks: list[tuple[float | None, str, Callable[[Trial], bool]]] = [
         (wish.max_size, "--max-size", lambda t: t.measured.bytes <= (wish.max_size or 0)),
@@ -138,7 +141,7 @@ def pick(trials: Sequence[Trial], direction: str, wish: Wish, budget: Budget) ->
             continue
         remaining = [trial for trial in fits if holds(trial)]
         if not remaining:
-            raise AutocompressError(f"no trial is within {text} {limit:,}: {_reach(fits, direction)}")
+            raise NothingFits(f"no trial is within {text} {limit:,}: {_reach(fits, direction)}")
         fits = remaining
     if wish.knee:
         candidates = front_of(fits, direction)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,8 @@ class Journal:
     @classmethod
     @contextmanager
     def _open(cls, folder: Path, mode: str) -> Iterator[Journal]:
+        if mode == "rw" and not os.access(folder, os.W_OK):
+            mode = "ro&immutable=1"  # nobody can write there, and the database's own side files cannot be made
         uri = (folder / FILE).resolve().as_uri() + f"?mode={mode}"
         try:
             connection = sqlite3.connect(uri, uri=True, isolation_level=None)

@@ -252,7 +252,7 @@ class Study:
                     idle = 0
                     yield policy, 0, None
             if idle >= PATIENCE:
-                self._warn(f"the search space is exhausted after {self.evaluated(0)} evaluations")
+                self.warn(f"the search space is exhausted after {self.evaluated(0)} evaluations")
 
         self._report("searching", before, total, since, before)
         for evaluation in self._runner.run(jobs()):
@@ -265,7 +265,8 @@ class Study:
         measured = [i for i, e in enumerate(shots) if e.status != "infeasible" and e.copy_of is None]
         return len(shots) - 1 - measured[-1] if measured else len(shots)
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Remember something that the user should hear, once."""
         if text not in self.warnings:
             self.warnings.append(text)
 
@@ -347,7 +348,7 @@ class Study:
         artifact, model = self.evaluator.reload(path)
         found = self.evaluator.quality(model).score
         if artifact.bytes != expected.bytes or not math.isclose(found, expected.quality, rel_tol=1e-6, abs_tol=1e-9):
-            self._warn(
+            self.warn(
                 f"trial {trial.number} measured {expected.bytes:,} bytes and quality {expected.quality:.6f}, but its "
                 f"file {artifact.bytes:,} and {found:.6f}: this machine or its libraries changed during the run"
             )
@@ -418,6 +419,8 @@ def search(
             (folder / name).mkdir(exist_ok=True)
         runner = LocalRunner(lambda policy, rung, keep: evaluator(policy, rung, keep, study.training))
         study = Study(settings, evaluator, controller, runner, budget, journal, folder, timeout=timeout, watch=watch)
+        for note in evaluator.graph.notes:
+            study.warn(note)
         if started is not None:
             started(study)
         study.one_shot()
@@ -463,6 +466,7 @@ def _refuse_unreachable(space: Space, evaluator: Evaluator, budget: Budget, sett
         raise NothingFits(
             f"nothing fits {budget}: the smallest policy of the space {settings.space!r} takes {smallest.bytes:,} "
             f"bytes and {smallest.macs:,} MACs; raise the budget to that, or give a --space with narrower choices"
+            + "".join(f"; {note}" for note in evaluator.graph.notes[:3])
         )
 
 

@@ -94,6 +94,11 @@ def tensors(value: Any) -> list[Tensor]:
     return []
 
 
+def first_input(positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """What a module was called with first, by position or by keyword; None if with nothing."""
+    return next(iter((*positional, *named.values())), None)
+
+
 def head(value: Any, count: int) -> Any:
     """The first `count` examples of batched inputs: tensors as long as the batch are cut, others stay whole."""
     batch = length(value)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from autocompress.errors import TaskError
 from autocompress.graph import Graph, Group, Layer, Member
 from autocompress.surgery import fold_scale, install, tensors_of, without
-from autocompress.task import call, few, length, tensors
+from autocompress.task import call, few, first_input, length, tensors
 
 COMPRESSIBLE: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
@@ -51,7 +51,8 @@ def trace(model: nn.Module, inputs: Any, examples: int = 4) -> Graph:
     exact, exact_inputs = _in_double(model, inputs)
     layers = _verified_folds(exact, exact_inputs, layers)
     groups, notes = _groups(exact, exact_inputs, calls)
-    return Graph(layers, groups, tensors_of(model), _dense_bytes(model), (*_computed_weights(model), *notes))
+    left = (*_computed_weights(model), *_other_weights(model, layers))
+    return Graph(layers, groups, tensors_of(model), _dense_bytes(model), (*left, *notes))
 
 
 def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
@@ -95,6 +96,18 @@ def _computed_weights(model: nn.Module) -> list[str]:
     ]
 
 
+def _other_weights(model: nn.Module, layers: tuple[Layer, ...]) -> list[str]:
+    """Notes about matrices of other layers (recurrent, transposed, attention's input), which stay at 16 bits."""
+    known = {id(model.get_submodule(layer.name)._parameters["weight"]) for layer in layers}
+    total = sum(p.numel() for p in model.parameters())
+    notes = []
+    for name, p in model.named_parameters():
+        if p.ndim >= 2 and id(p) not in known and "parametrizations" not in name:
+            kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            notes.append(f"{name} stays at 16 bits ({p.numel() / total:.1%} of the weights): {kind} is not compressed")
+    return notes
+
+
 class _Calls:
     """What one forward pass showed: calls and output values per module, and whose output fed which norm."""
 
@@ -109,11 +122,12 @@ def _observe(model: nn.Module, inputs: Any) -> _Calls:
     made_by: dict[int, str] = {}
     keep_alive: list[Tensor] = []  # an id() names a tensor only while it lives
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def record(module: nn.Module, given: Any, output: Any) -> None:
+    def hook(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def record(module: nn.Module, given: Any, named: Any, output: Any) -> None:
             calls.count[name] += 1
-            if isinstance(module, BATCH_NORMS) and given and id(given[0]) in made_by:
-                calls.normalised_by.setdefault(made_by[id(given[0])], []).append(name)
+            source = made_by.get(id(first_input(given, named)))
+            if isinstance(module, BATCH_NORMS) and source is not None:
+                calls.normalised_by.setdefault(source, []).append(name)
             if isinstance(module, _KINDS) and isinstance(output, Tensor):
                 made_by[id(output)] = name
                 keep_alive.append(output)
@@ -122,7 +136,7 @@ def _observe(model: nn.Module, inputs: Any) -> _Calls:
         return record
 
     for name, module in model.named_modules():
-        handles.append(module.register_forward_hook(hook(name)))
+        handles.append(module.register_forward_hook(hook(name), with_kwargs=True))
     try:
         with torch.no_grad():
             call(model, inputs)

@@ -107,10 +107,10 @@ def run(*arguments: object) -> Result:
     return Result(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
-def refused(*arguments: object) -> str:
-    """The error line of a command whose input is wrong."""
+def refused(*arguments: object, code: int = 2) -> str:
+    """The error line of a command whose input is wrong, or (3) asks for what nothing reaches."""
     result = run(*arguments)
-    assert result.code == 2, result
+    assert result.code == code, result
     return result.error
 
 
@@ -414,14 +414,19 @@ def test_pick_by_every_selector(searched: Searched, name: str) -> None:
         (("--max-size", "5ms"), ("--max-size takes bytes",)),
         (("--max-latency", "5kB"), ("--max-latency takes time",)),
         (("--max-size", "much"), ("'much'", "4MB")),
-        (("--max-size", "1B"), ("--max-size 1", "bytes")),
-        (("--min-quality", "2"), ("--min-quality 2", "quality")),
         (("--trial", 99999), ("trial 99999",)),
     ],
 )
 def test_pick_refuses_what_cannot_be(searched: Searched, options: tuple[object, ...], words: tuple[str, ...]) -> None:
     error = refused("pick", searched.folder, *options)
     assert [word for word in words if word not in error] == []
+
+
+@pytest.mark.parametrize("options", [("--max-size", "1B"), ("--min-quality", "2")])
+def test_pick_says_what_is_reachable_where_nothing_fits(searched: Searched, options: tuple[str, str]) -> None:
+    error = refused("pick", searched.folder, *options, code=3)
+    assert f"no trial is within {options[0]} {options[1][0]}" in error
+    assert "what remains reaches" in error
 
 
 @pytest.fixture(scope="module")

@@ -237,3 +237,7 @@ def test_nothing_within_the_budget_names_the_budget() -> None:
 def test_failed_trial_cannot_be_picked() -> None:
     with pytest.raises(AutocompressError, match="trial 0"):
         pick([Trial(0, evaluation(status="failed")), *RUN[1:]], "max", Wish(trial=0), Budget())
+
+
+def test_a_front_that_bends_the_other_way_has_its_knee_at_the_best_quality() -> None:
+    assert knee([(0.8, 1.0), (0.75, 2.0), (0.2, 3.0)]) == 2

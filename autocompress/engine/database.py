@@ -21,7 +21,7 @@ from autocompress.engine.quantize import Grid, fit_grid, quantise
 from autocompress.graph import Graph, Layer
 from autocompress.policy import LayerChoice
 from autocompress.stored import Full, Half, Quantised, Stored, round_to_half
-from autocompress.task import Batch, call, to_device
+from autocompress.task import Batch, call, first_input, to_device
 
 COLUMNS_PER_INPUT = 300
 """Output positions that are sampled for each row of H: many times its rank."""
@@ -73,8 +73,8 @@ def moments(model: nn.Module, graph: Graph, batches: Iterable[Batch], seed: int)
     batches = list(batches)
 
     def recorder(name: str) -> Any:
-        def record(module: nn.Module, given: tuple[Any, ...]) -> None:
-            columns = patches(module, given[0].detach().float())
+        def record(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            columns = patches(module, first_input(given, named).detach().float())
             total = columns.shape[2]
             limit = COLUMNS_PER_INPUT * columns.shape[1] // len(batches) + 1
             if total > limit:
@@ -86,7 +86,9 @@ def moments(model: nn.Module, graph: Graph, batches: Iterable[Batch], seed: int)
 
     for layer in graph.layers:
         if solvable(layer):
-            handles.append(model.get_submodule(layer.name).register_forward_pre_hook(recorder(layer.name)))
+            handles.append(
+                model.get_submodule(layer.name).register_forward_pre_hook(recorder(layer.name), with_kwargs=True)
+            )
     try:
         device = next(model.parameters()).device
         with torch.no_grad():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.graph import Graph, Group
 from autocompress.policy import Criterion, Policy
-from autocompress.task import Batch, Task, call, to_device
+from autocompress.task import Batch, Task, call, first_input, to_device
 
 HISTOGRAM_BINS = 32
 
@@ -149,14 +150,18 @@ class Importance:
             index = torch.tensor(reader.index)  # (channels, per_channel)
 
             def record(
-                module: nn.Module, given: tuple[Tensor, ...], name: str = group.name, index: Tensor = index
+                module: nn.Module,
+                given: tuple[Any, ...],
+                named: dict[str, Any],
+                name: str = group.name,
+                index: Tensor = index,
             ) -> None:
-                value = given[0].detach().cpu()
+                value = first_input(given, named).detach().cpu()
                 feature = -1 if isinstance(module, nn.Linear) else 1
                 pooled = value.movedim(feature, -1).flatten(1, -2).mean(dim=1) if value.ndim > 2 else value
                 seen[name].append(pooled[:, index].mean(dim=2))
 
-            handles.append(module.register_forward_pre_hook(record))
+            handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
         device = next(self._model.parameters()).device
         try:
             with torch.no_grad():

@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from autocompress.artifact.layout import Header
 from autocompress.front import Trial
@@ -104,8 +104,10 @@ def front_png(run: Run, width: float = 7.0, height: float = 4.4, dpi: int = 150)
         ylim=(low, high + 0.08 * (high - low)),
         xlabel="file size",
         ylabel=f"{_safe(run.metric)} on val",
-        title=f"{_safe(run.task)}: smaller and better is up and left",
+        title=f"{_safe(run.task)}: smaller and better is {'up' if run.direction == 'max' else 'down'} and left",
     )
+    left, right = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if right / left > 10 else tuple(range(1, 10))))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: size_text(x)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25, which="both")

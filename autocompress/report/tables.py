@@ -118,8 +118,9 @@ def row(trial: Trial, budget: Budget) -> dict[str, Any]:
 
 
 def table(trials: Sequence[Trial], budget: Budget) -> pd.DataFrame:
-    """`ok` trials with typed columns."""
-    rows = [row(trial, budget) for trial in trials if trial.evaluation.status == "ok"]
+    """Measured trials with typed columns; copies of others are left out."""
+    measured = (t for t in trials if t.evaluation.status == "ok" and t.evaluation.copy_of is None)
+    rows = [row(trial, budget) for trial in measured]
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def render(run: Run) -> str:
     environment = Environment(
         loader=PackageLoader("autocompress", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"size": size_text, "quality": _quality}
+    environment.filters |= {"size": size_text, "quality": _quality, "quoted": lambda path: shlex.quote(str(path))}
     shown = run.picked or run.nearest
     figures = []
     if shown is not None:
