@@ -78,7 +78,9 @@ def of(package: str) -> list[str]:
     return sorted(name for name in MODULES if name == package or name.startswith(f"{package}."))
 
 
-@pytest.mark.parametrize("module", ["errors", "policy", "trial", "front", "space", "graph", "controllers.base"])
+@pytest.mark.parametrize(
+    "module", ["errors", "policy", "trial", "front", "space", "graph", "controllers.base", "controllers.knapsack"]
+)
 def test_plain_modules_reach_no_torch(module: str) -> None:
     found = reached(f"autocompress.{module}")
     heavy = {n: by for n, by in found.items() if n.split(".")[0] in ("torch", "torch_pruning", "safetensors", "optuna")}
