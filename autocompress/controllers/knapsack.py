@@ -1,8 +1,8 @@
 """The multiple-choice knapsack: one level for every layer, least summed loss within a budget.
 
 Kellerer, Pferschy, Pisinger, Knapsack Problems (2004), chapter 11: dominance and the linear relaxation (11.2), dynamic
-programming (11.5). SPDY (2201.13096, section 3.1) uses the same program for layer-wise sparsity. Losses may be
-negative and need not be convex. Knows costs and losses only: nothing about policies, layers' names or tensors.
+programming (11.5). SPDY (2201.13096) uses the same program for the sparsity of layers. Losses may be negative and need
+not be convex. Knows costs and losses only: nothing about policies, layers' names or tensors.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ TABLE_ENTRIES = 2**24
 """Most entries (8 bytes each) of a table, if the caller names no number of cells."""
 TABLE_STEPS = 2**28
 """Most additions to fill a table, if the caller names no number of cells."""
-SHORTLIST = 64
-"""Upgrades and downgrades that a swap looks at: those of least reduced loss, the core of section 11.2."""
+SHORTLIST = 32
+"""Upgrades and downgrades that a swap looks at: those of least reduced loss, the core of chapter 11."""
 SWAPS = 8
 """Most swaps after a fill; each is the best of the shortlist."""
 NEAR = 1e-4
@@ -174,7 +174,7 @@ def _wrap(cost: Floats, losses: Floats, start: Ints) -> list[tuple[Ints, Ints, I
 
 
 def greedy(instance: Instance, capacity: int) -> Solution | None:
-    """The linear relaxation's integral part (Dyer 1984, Zemel 1984), filled and improved by swaps; None: nothing fits.
+    """The linear relaxation cut to whole levels (Sinha and Zoltners 1979), filled and swapped; None: nothing fits.
 
     Of an instance with two constraints only the first counts.
     """
@@ -222,6 +222,8 @@ def _descend(instance: Instance, path: _Path, limits: Floats, weights: Floats | 
     levels = path.start.copy()
     levels[path.layer[:taken]] = path.target[:taken]  # of several steps of a layer the last counts
     _fill(levels, path, taken, limits - totals[:, taken])
+    if (_spent(instance, levels) > limits).any():  # milliseconds in another order sum up to another last digit
+        return None
     price = -path.slope[min(taken, path.slope.size - 1)] if path.slope.size else 0.0
     _swap(instance, levels, limits, price * (np.ones(1) if weights is None else weights))
     return _solution(instance, levels)
@@ -264,7 +266,7 @@ def _swap(instance: Instance, levels: Ints, limits: Floats, price: Floats) -> No
         before = levels.copy()
         for move in moves:
             levels[move // width] = move % width
-        if (_spent(instance, levels) > limits).any():  # sums of milliseconds round
+        if (_spent(instance, levels) > limits).any():  # as in `_descend`
             levels[:] = before
             return
 
@@ -318,7 +320,11 @@ class Table:
     _rows: tuple[_Row, ...]
 
     def choose(self, budget: int) -> Solution | None:
-        """Least loss whose true cost is within `budget` bytes; None where nothing fits."""
+        """Least loss whose true cost is within `budget` bytes; None where nothing fits.
+
+        Raises `ValueError` beyond `capacity`. Of a table that is not exact a larger budget may get a slightly greater
+        loss: `front` sees to it that none does.
+        """
         if budget > self.capacity:
             raise ValueError(f"the table ends at {self.capacity} bytes: solve with a capacity of {budget}")
         slack = budget - int(self._path.base[0])
@@ -434,9 +440,9 @@ def front(menus: Sequence[Menu], budgets: Sequence[int]) -> list[Solution | None
 def sweep(instance: Instance, limits: tuple[float, float], mixes: int = 16) -> Solution | None:
     """Least loss found within both limits (bytes, milliseconds), over `mixes` convex mixes of the two costs.
 
-    Every mix turns the two into one cost (surrogate relaxation, Kellerer et al. 9.2 and 11.2): its path is followed as
-    long as both limits hold, then filled and swapped within both. None where no mix reaches the limits: with many
-    layers that means none does, with few layers a choice off the hull of the two costs might.
+    Every mix turns the two into one cost, a surrogate relaxation: the last solution on its path within both limits is
+    filled and swapped within both. None where no mix reaches the limits: a choice off the lower hull of the two summed
+    costs still might, in the gap of one level of one layer.
     """
     if instance.costs.shape[0] != 2 or mixes < 2:
         raise ValueError("sweep wants menus prepared with times, and at least two mixes")
