@@ -272,10 +272,10 @@ def _swap(instance: Instance, levels: Ints, limits: Floats, price: Floats) -> No
 
 
 def _least(scores: Floats) -> Ints:
-    """Flat indices of up to `SHORTLIST` least finite scores."""
+    """Flat indices of up to `SHORTLIST` least finite scores, rising, so that of equal pairs the first is taken."""
     flat = scores.ravel()
     nearest = np.argpartition(flat, SHORTLIST)[:SHORTLIST] if flat.size > SHORTLIST else np.arange(flat.size)
-    return nearest[np.isfinite(flat[nearest])]
+    return np.sort(nearest[np.isfinite(flat[nearest])])
 
 
 def _pairs(values: Floats, up: Ints, down: Ints) -> Floats:
