@@ -334,6 +334,23 @@ class Space:
             }
         return {p.name: _index(p, known[p.name]) if isinstance(p, Ordered) else known[p.name] for p in parameters}
 
+    def preferred(self, name: str) -> Any:
+        """What to take for a choice without an order until something speaks against it."""
+        sections = {"scheme": self.file.layers, "solver": self.file.layers, "criterion": self.file.channels}
+        section = sections.get(name, self.file.batch_norm)
+        allowed: list[Any] = getattr(section, name.removeprefix("batch_norm/"))
+        best = {"scheme": "symmetric", "solver": "database"}.get(
+            name, True
+        )  # fewer bytes; fewer errors; repaired norms
+        return best if best in allowed else allowed[0]
+
+    def only(self, layers: Mapping[str, LayerChoice], keep: Mapping[str, float] | None = None) -> Policy:
+        """The dense model with these choices alone; it need not be in the space."""
+        recovery = Recovery(
+            reestimate_bn=self.preferred("batch_norm/reestimate"), fold_bn=self.preferred("batch_norm/fold")
+        )
+        return Policy(layers, keep or {}, self.preferred("criterion"), recovery, self.preferred("solver"))
+
     def uniform(self, bits: int = 32, sparsity: float = 0.0, keep: float = 1.0) -> Policy:
         """The same choice everywhere, or in each place the allowed one that is nearest to it."""
         point: dict[str, Value] = {}

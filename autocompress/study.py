@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from autocompress.controllers.base import Controller
-from autocompress.controllers.optuna_samplers import make_controller
+from autocompress.controllers.registry import make_controller
 from autocompress.errors import AutocompressError, NothingFits, RunError
 from autocompress.evaluate import Evaluator
 from autocompress.files import write

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from autocompress import study
-from autocompress.artifact.layout import Entry
+from autocompress.artifact.layout import Entry, weight_entry
 from autocompress.artifact.packed import Artifact, pack, read
 from autocompress.files import write
 from autocompress.front import Trial
@@ -25,6 +25,7 @@ from autocompress.journal import Journal
 from autocompress.measure.quality import Quality
 from autocompress.measure.size import Size
 from autocompress.policy import LayerChoice, Policy, Recovery
+from autocompress.profile import Level, Profile, measure
 from autocompress.space import Space, load_space, parse_space
 from autocompress.stored import Full, Half, Quantised, Raw, Stored
 from autocompress.study import Outcome, Settings, search
@@ -87,14 +88,19 @@ def make_space(text: str = SPACE_TEXT, graph: Graph = GRAPH) -> Space:
     return Space(parse_space(text, "fake.toml"), graph)
 
 
+def level_error(choice: LayerChoice) -> float:
+    """0 for the dense choice, more for fewer bits and more zeros."""
+    grid = 0.0 if choice.bits == 32 else 2.0**-choice.bits * (0.9 if choice.scheme == "asymmetric" else 1.0)
+    return grid + 0.05 * choice.sparsity**2
+
+
 def damage(policy: Policy, graph: Graph = GRAPH) -> float:
     """Analytic loss: 0 for the dense model, more for fewer bits, more zeros and fewer channels, less after recovery."""
     total = sum(prod(layer.shape) for layer in graph.layers)
     lost = 0.0
     for i, (layer, choice) in enumerate(graph.choices(policy)):
         share = (prod(layer.shape) / total) ** 0.5 * (1 + 0.1 * i)
-        grid = 0.0 if choice.bits == 32 else 2.0**-choice.bits * (0.9 if choice.scheme == "asymmetric" else 1.0)
-        lost += share * (grid + 0.05 * choice.sparsity**2)
+        lost += share * level_error(choice)
     lost += sum(0.1 * (1 - ratio) ** 2 for ratio in policy.keep.values())
     lost *= {"l1": 1.0, "l2": 0.97}.get(policy.criterion, 1.0) * (0.98 if policy.recovery.reestimate_bn else 1.0)
     if policy.recovery.epochs:
@@ -178,6 +184,16 @@ class FakeEvaluator:
         self.graph.check(policy)
         return Measurement(self.size(policy), self.graph.macs(policy))
 
+    def level(self, layer: Layer, choice: LayerChoice, solver: str) -> Level:  # noqa: ARG002
+        """Exact bytes; the error is what `damage` asks of the choice."""
+        count = prod(layer.shape)
+        size = weight_entry(layer.weight, layer.shape, choice, count - choice.zeros(count)).nbytes
+        return Level(choice, size, level_error(choice))
+
+    def loss(self, policy: Policy) -> float:
+        """The analytic loss."""
+        return damage(policy, self.graph)
+
     def __call__(
         self, policy: Policy, rung: int = 0, keep: Path | None = None, progress: Progress | None = None
     ) -> Evaluation:
@@ -238,6 +254,11 @@ def _zeros(entry: Entry) -> Stored:
     if entry.kind == "raw":
         return Raw(torch.zeros(entry.shape, dtype=getattr(torch, entry.dtype)))
     return (Half if entry.kind == "half" else Full)(torch.zeros(entry.shape), mask)
+
+
+def make_profile(space: Space, evaluator: FakeEvaluator | None = None) -> Profile:
+    """What a search would measure first."""
+    return measure(evaluator or FakeEvaluator(), space, "fake", lambda *_: None, lambda: 0.0)
 
 
 def evaluation(

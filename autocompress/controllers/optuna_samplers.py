@@ -15,7 +15,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autocompress.errors import AutocompressError
@@ -23,6 +23,8 @@ from autocompress.policy import Policy
 from autocompress.space import Ordered, Parameter, Real, Space
 from autocompress.trial import Budget, Evaluation, Measurement
 
+Predict = Callable[[Policy], Measurement]
+"""What is known exactly of a policy before it is built: bytes and multiply-accumulates."""
 UNKNOWN_LOSS = 100.0
 """Loss told for a policy that was refused by its size: samplers rank such trials by their excess alone."""
 
@@ -41,16 +43,13 @@ def _random(seed: int) -> BaseSampler:
     return RandomSampler(seed=seed)
 
 
-SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {"tpe": _tpe, "nsga2": _nsga2, "random": _random}
+def _gp(seed: int) -> BaseSampler:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return GPSampler(seed=seed, deterministic_objective=True)
 
 
-def make_controller(
-    name: str, space: Space, budget: Budget, predict: Callable[[Policy], Measurement], seed: int
-) -> OptunaController:
-    """The controller called `name`. Raises `AutocompressError` naming the known ones."""
-    if name not in SAMPLERS:
-        raise AutocompressError(f"no controller {name!r}: use one of {', '.join(SAMPLERS)}")
-    return OptunaController(SAMPLERS[name], space, budget, predict, seed)
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {"tpe": _tpe, "nsga2": _nsga2, "gp": _gp, "random": _random}
 
 
 class OptunaController:
@@ -58,12 +57,13 @@ class OptunaController:
 
     def __init__(
         self,
-        sampler: Callable[[int], BaseSampler],
+        sampler: str,
         space: Space,
         budget: Budget,
-        predict: Callable[[Policy], Measurement],
+        predict: Predict,
         seed: int,
     ) -> None:
+        """`sampler` is a name in `SAMPLERS`."""
         self._sampler, self._space, self._budget, self._predict, self._seed = sampler, space, budget, predict, seed
         self._baselines = deque(p for p in space.baselines() if self._excess(p) <= 0)
         self._pending: dict[str, Trial] = {}
@@ -84,18 +84,12 @@ class OptunaController:
     def ask(self, parent: Policy | None = None, epochs: int = 0) -> Policy:
         """See `Controller`. The sampler's generator depends on the seed and the trial's number alone."""
         number = len(self.study.get_trials(deepcopy=False))
-        self.study.sampler = self._sampler(_mix(self._seed, number))
-        if parent is not None:
-            fixed = self._space.encode(parent)
-        elif self._repair is not None:
-            fixed = self._space.encode(self._space.shrink(self._repair, self._excess, _mix(self._seed, number)))
-            self._repair = None
-        elif self._baselines:
-            fixed = self._space.encode(self._baselines.popleft())
-        else:
-            fixed = {}
-        if fixed:
-            self.study.enqueue_trial(fixed)
+        self.study.sampler = SAMPLERS[self._sampler](mix(self._seed, number))
+        proposal = parent if parent is not None else self._propose(number)
+        if proposal is not None:
+            if parent is None:  # nothing is left to sample
+                self.study.sampler = RandomSampler(seed=mix(self._seed, number))
+            self.study.enqueue_trial(self._space.encode(proposal))
         trial = self._ask(recovery=parent is not None)
         if parent is not None:
             policy = self._space.with_recovery(parent, trial.params, epochs)
@@ -103,6 +97,13 @@ class OptunaController:
             policy = self._space.decode(trial.params)
         self._pending[policy.key()] = trial
         return policy
+
+    def _propose(self, number: int) -> Policy | None:
+        """A policy to evaluate as it is; None leaves it to the sampler."""
+        if self._repair is not None:
+            repair, self._repair = self._repair, None
+            return self._space.shrink(repair, self._excess, mix(self._seed, number))
+        return self._baselines.popleft() if self._baselines else None
 
     def _ask(self, *, recovery: bool) -> Trial:
         parameters = self._space.policy_parameters
@@ -122,17 +123,22 @@ class OptunaController:
             trial.set_constraint("budget", constraint)
             self.study.tell(trial, values)
         self._after(evaluation)
+        self._learn(evaluation)
+
+    def _learn(self, evaluation: Evaluation) -> None:
+        """For controllers that keep knowledge beside the study."""
 
     def restore(self, evaluations: Iterable[Evaluation]) -> None:
         """See `Controller`."""
         for evaluation in evaluations:
-            if self._sampler is _nsga2:
+            if self._sampler == "nsga2":
                 self._replay(evaluation)
             else:
                 if self._baselines and evaluation.policy == self._baselines[0]:
                     self._baselines.popleft()
                 self.study.add_trial(self._frozen(evaluation))
                 self._after(evaluation)
+                self._learn(evaluation)
 
     def _replay(self, evaluation: Evaluation) -> None:
         """Ask as then, and tell: NSGA-II marks generations on the trials it is asked for."""
@@ -185,6 +191,6 @@ def distribution(parameter: Parameter) -> BaseDistribution:
     return CategoricalDistribution(parameter.values)
 
 
-def _mix(seed: int, number: int) -> int:
+def mix(seed: int, number: int) -> int:
     """A 31-bit seed that differs for every (seed, number)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:4], "little") >> 1

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from itertools import pairwise
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise, product
 
 import pytest
-from fakes import GRAPH, TINY_SPACE_TEXT, FakeEvaluator, make_space
+from fakes import GRAPH, TINY_SPACE_TEXT, FakeEvaluator, make_profile, make_space
 from optuna.trial import TrialState
 
-from autocompress.controllers.optuna_samplers import SAMPLERS, OptunaController, make_controller
+from autocompress.controllers.optuna_samplers import SAMPLERS, OptunaController
+from autocompress.controllers.registry import CONTROLLERS, make_controller
 from autocompress.errors import AutocompressError
 from autocompress.policy import Policy
 from autocompress.trial import Budget, Evaluation
@@ -19,14 +22,15 @@ TIGHT = Budget(bytes=1500)
 CUTS = (3, 17, 31, 46, 59)
 
 
-@pytest.fixture(params=list(SAMPLERS))
+@pytest.fixture(params=[n for n in CONTROLLERS if n != "gp"])
 def name(request: pytest.FixtureRequest) -> str:
+    """A Gaussian process takes seconds a proposal: it has a shorter suite at the end."""
     return str(request.param)
 
 
 def controller(name: str, budget: Budget = TIGHT, seed: int = 0, text: str | None = None) -> OptunaController:
     space = make_space() if text is None else make_space(text)
-    return make_controller(name, space, budget, FakeEvaluator().predict, seed)
+    return make_controller(name, space, budget, FakeEvaluator().predict, seed, make_profile(space))
 
 
 def outcome(policy: Policy, rung: int, budget: Budget) -> Evaluation:
@@ -58,29 +62,32 @@ def run(name: str, count: int, budget: Budget = TIGHT, seed: int = 0) -> tuple[O
     return proposer, history
 
 
-@pytest.fixture(scope="module")
-def runs() -> dict[str, tuple[OptunaController, list[Evaluation]]]:
-    return {name: run(name, 60) for name in SAMPLERS}
+long_run = cache(lambda name: run(name, 60))
+"""Sixty evaluations of a controller, made once; nothing may change them."""
 
 
-@pytest.fixture(scope="module")
-def histories(runs: dict[str, tuple[OptunaController, list[Evaluation]]]) -> dict[str, list[Evaluation]]:
-    return {name: history for name, (_, history) in runs.items()}
+@pytest.fixture
+def history(name: str) -> list[Evaluation]:
+    return list(long_run(name)[1])
 
 
-def test_proposals_are_policies_of_the_space(name: str, histories: dict[str, list[Evaluation]]) -> None:
+samplers_only = pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "gp"])
+
+
+def test_proposals_are_policies_of_the_space(history: list[Evaluation]) -> None:
     space = make_space()
-    for e in histories[name]:
+    for e in history:
         GRAPH.check(e.policy)
         assert space.decode(space.encode(e.policy), e.policy.recovery.epochs) == e.policy
 
 
-def test_histories_hold_every_kind_of_trial(name: str, histories: dict[str, list[Evaluation]]) -> None:
-    history = histories[name]
+@samplers_only
+def test_histories_hold_every_kind_of_trial(history: list[Evaluation]) -> None:
     assert {e.status for e in history} == {"ok", "infeasible", "failed"}
     assert {e.rung for e in history} == {0, 1}
 
 
+@samplers_only
 def test_first_proposals_are_the_uniform_baselines_that_fit(name: str) -> None:
     evaluator = FakeEvaluator()
     expected = [p for p in make_space().baselines() if TIGHT.excess(evaluator.predict(p)) <= 0]
@@ -92,54 +99,53 @@ def test_first_proposals_are_the_uniform_baselines_that_fit(name: str) -> None:
     assert found == expected
 
 
-def test_proposal_over_budget_is_followed_by_one_that_fits(name: str, histories: dict[str, list[Evaluation]]) -> None:
-    history, predict = histories[name], FakeEvaluator().predict
+@samplers_only
+def test_proposal_over_budget_is_followed_by_one_that_fits(history: list[Evaluation]) -> None:
+    predict = FakeEvaluator().predict
     repaired = [b for a, b in pairwise(history) if a.status == "infeasible" and b.rung == 0]
     assert repaired
     assert all(TIGHT.excess(predict(e.policy)) <= 0 for e in repaired)
 
 
-def test_equal_seeds_propose_equally(name: str, histories: dict[str, list[Evaluation]]) -> None:
+def test_equal_seeds_propose_equally(name: str, history: list[Evaluation]) -> None:
     again = run(name, 40)[1]
-    assert [e.policy for e in again] == [e.policy for e in histories[name][:40]]
+    assert [e.policy for e in again] == [e.policy for e in history[:40]]
 
 
-def test_other_seeds_propose_otherwise(name: str, histories: dict[str, list[Evaluation]]) -> None:
+def test_other_seeds_propose_otherwise(name: str, history: list[Evaluation]) -> None:
     other = run(name, 25, seed=1)[1]
-    assert [e.policy for e in other] != [e.policy for e in histories[name][:25]]
+    assert [e.policy for e in other] != [e.policy for e in history[:25]]
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_told_its_past_it_goes_on_as_if_uninterrupted(
-    name: str, cut: int, histories: dict[str, list[Evaluation]]
-) -> None:
-    stored = [Evaluation.from_json(Policy.from_json(e.policy.to_json()), e.to_json()) for e in histories[name][:cut]]
+def test_told_its_past_it_goes_on_as_if_uninterrupted(name: str, cut: int, history: list[Evaluation]) -> None:
+    stored = [Evaluation.from_json(Policy.from_json(e.policy.to_json()), e.to_json()) for e in history[:cut]]
     proposer = controller(name)
     proposer.restore(stored)
     go_on(proposer, stored, min(60, cut + 10))
-    assert [e.policy for e in stored] == [e.policy for e in histories[name][: len(stored)]]
+    assert [e.policy for e in stored] == [e.policy for e in history[: len(stored)]]
 
 
-def test_restored_twice_it_still_goes_on_as_if_uninterrupted(name: str, histories: dict[str, list[Evaluation]]) -> None:
-    history = histories[name][:12]
+def test_restored_twice_it_still_goes_on_as_if_uninterrupted(name: str, history: list[Evaluation]) -> None:
+    known = history[:12]
     for count in (20, 28):
-        proposer, history = controller(name), list(history)
-        proposer.restore(history)
-        go_on(proposer, history, count)
-    assert [e.policy for e in history] == [e.policy for e in histories[name][:28]]
+        proposer, known = controller(name), list(known)
+        proposer.restore(known)
+        go_on(proposer, known, count)
+    assert [e.policy for e in known] == [e.policy for e in history[:28]]
 
 
-def test_an_interrupted_ask_leaves_no_trace_after_restore(name: str, histories: dict[str, list[Evaluation]]) -> None:
+def test_an_interrupted_ask_leaves_no_trace_after_restore(name: str, history: list[Evaluation]) -> None:
     first = controller(name)
-    first.restore(histories[name][:20])
+    first.restore(history[:20])
     lost = first.ask()  # its process dies before it is told
     second = controller(name)
-    second.restore(histories[name][:20])
-    assert second.ask() == lost == histories[name][20].policy
+    second.restore(history[:20])
+    assert second.ask() == lost == history[20].policy
 
 
-def test_study_holds_each_trial_once(name: str, runs: dict[str, tuple[OptunaController, list[Evaluation]]]) -> None:
-    proposer, history = runs[name]
+def test_study_holds_each_trial_once(name: str) -> None:
+    proposer, history = long_run(name)
     trials = proposer.study.trials
     assert len(trials) == len(history)
     assert all(t.state in (TrialState.COMPLETE, TrialState.FAIL) for t in trials)
@@ -148,8 +154,8 @@ def test_study_holds_each_trial_once(name: str, runs: dict[str, tuple[OptunaCont
     assert [t.user_attrs["status"] for t in trials] == [e.status for e in history]
 
 
-def test_parameters_are_named_per_layer(name: str, runs: dict[str, tuple[OptunaController, list[Evaluation]]]) -> None:
-    proposer, history = runs[name]
+def test_parameters_are_named_per_layer(name: str) -> None:
+    proposer, history = long_run(name)
     names = {p.name for p in make_space().policy_parameters}
     assert {"bits/conv1", "sparsity/fc", "keep/conv2", "scheme"} <= names
     for trial, e in zip(proposer.study.trials, history, strict=True):
@@ -157,8 +163,8 @@ def test_parameters_are_named_per_layer(name: str, runs: dict[str, tuple[OptunaC
         assert ("recovery/lr" in trial.params) == (e.rung == 1)
 
 
-def test_constraint_is_recorded(name: str, runs: dict[str, tuple[OptunaController, list[Evaluation]]]) -> None:
-    proposer, history = runs[name]
+def test_constraint_is_recorded(name: str) -> None:
+    proposer, history = long_run(name)
     for trial, e in zip(proposer.study.trials, history, strict=True):
         if e.status != "failed":
             (value,) = trial.constraints.values()
@@ -241,7 +247,7 @@ def test_tiny_space_is_proposed_in_full(name: str) -> None:
 
 
 def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(AutocompressError, match="tpe, nsga2, random"):
+    with pytest.raises(AutocompressError, match="solver, tpe, nsga2, gp, random"):
         controller("gradient-descent")
 
 
@@ -249,3 +255,86 @@ def test_asking_prints_nothing(name: str, capfd: pytest.CaptureFixture[str]) -> 
     run(name, 30)
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
+
+
+# --- the solver's own promises ---
+
+
+@pytest.mark.parametrize("limits", [TIGHT, Budget(bytes=1000), Budget(macs=12_000), Budget(bytes=1200, macs=14_000)])
+def test_solver_proposes_nothing_over_budget(limits: Budget) -> None:
+    proposer, history = run("solver", 40, limits)
+    assert not [e for e in history if e.status == "infeasible"]
+    shots = [t for t, e in zip(proposer.study.trials, history, strict=True) if e.rung == 0 and e.status == "ok"]
+    assert all(max(t.constraints.values()) <= 0 for t in shots)
+
+
+def test_solver_proposes_nothing_twice_while_something_is_new() -> None:
+    shots = [e.policy for e in long_run("solver")[1] if e.rung == 0]
+    assert len({p.key() for p in shots}) == len(shots)
+
+
+def test_first_proposal_of_the_solver_is_the_best_that_fits_as_predicted() -> None:
+    """Against every policy of a small space, with the losses that the profile predicts."""
+    text = "[layers]\nbits = [2, 4, 8]\nsparsity = [0.0, 0.5]\n"
+    space, predict = make_space(text), FakeEvaluator().predict
+    profile = make_profile(space)
+    losses = {
+        (layer.name, level.choice): loss
+        for layer in profile.layers
+        for level, loss in zip(layer.levels, layer.losses(), strict=True)
+    }
+    choices = [[level.choice for level in layer.levels] for layer in profile.layers]
+    names = [layer.name for layer in profile.layers]
+    for limit in (900, 1200, 1500, 2200):
+        best = math.inf
+        for picked in product(*choices):
+            policy = space.only(dict(zip(names, picked, strict=True)))
+            if predict(policy).bytes <= limit:
+                best = min(best, sum(losses[pair] for pair in zip(names, picked, strict=True)))
+        found = controller("solver", Budget(bytes=limit), text=text).ask()
+        assert sum(losses[item] for item in found.layers.items()) == pytest.approx(best, rel=0.02)
+
+
+def test_solver_learns_where_the_profile_was_wrong() -> None:
+    """A layer that matters a hundred times more than its profile says gets its bits back."""
+    space, evaluator = make_space(), FakeEvaluator()
+    profile = make_profile(space)
+    wrong = tuple(replace(x, sensitivity=x.sensitivity * (0.05 if x.name == "conv2" else 1.0)) for x in profile.layers)
+    proposer = make_controller("solver", space, TIGHT, evaluator.predict, 0, replace(profile, layers=wrong))
+    losses = []
+    for _ in range(40):
+        policy = proposer.ask()
+        proposer.tell(evaluator(policy))
+        losses.append(evaluator.loss(policy))
+    right = make_controller("solver", space, TIGHT, evaluator.predict, 0, profile)
+    assert min(losses[8:]) < losses[0]
+    assert min(losses) <= evaluator.loss(right.ask()) * 1.02
+
+
+def test_solver_needs_a_profile() -> None:
+    with pytest.raises(AutocompressError, match="profile"):
+        make_controller("solver", make_space(), TIGHT, FakeEvaluator().predict, 0)
+
+
+def test_latency_budget_makes_the_solver_remove_channels() -> None:
+    budget = Budget(ms=1.2)
+    history = run("solver", 30, budget)[1]
+    shots = [e for e in history if e.status == "ok" and e.rung == 0]
+    assert sum(e.measurement.latency_ms <= 1.2 for e in shots) >= len(shots) // 2
+
+
+# --- the Gaussian process, in short ---
+
+
+@pytest.mark.slow
+def test_gaussian_process_keeps_the_promises_too() -> None:
+    proposer, history = run("gp", 16)
+    space = make_space()
+    for e in history:
+        assert space.decode(space.encode(e.policy), e.policy.recovery.epochs) == e.policy
+    assert [t.user_attrs["policy"] for t in proposer.study.trials] == [e.policy.key() for e in history]
+    resumed = controller("gp")
+    known = list(history[:13])
+    resumed.restore(known)
+    go_on(resumed, known, 16)
+    assert [e.policy for e in known] == [e.policy for e in history]

@@ -1,0 +1,165 @@
+"""What each level of each layer costs and does: measured once for a model, reused under every budget.
+
+A level's error comes free with its solution; one evaluation per layer turns errors into loss. Plain data, and the loop
+that gathers it. Knows nothing about tensors, budgets or who proposes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from autocompress.errors import RunError
+from autocompress.graph import Graph, Layer
+from autocompress.policy import LayerChoice, Policy, Solver
+from autocompress.space import Space
+
+VERSION = 1
+"""Raise when a profile of the same model would come out differently."""
+PROBED_ERROR = 0.03
+"""Relative output error at which a layer is measured: well above the noise, and where tight budgets put layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One choice for a layer: bytes of its section in the file, and its output error relative to the outputs' power."""
+
+    choice: LayerChoice
+    bytes: int
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProfile:
+    """The levels of a layer, and `sensitivity`: the loss that one unit of output error here costs the model."""
+
+    name: str
+    levels: tuple[Level, ...]
+    sensitivity: float
+
+    def losses(self) -> list[float]:
+        """Predicted loss of each level: its error times the measured sensitivity."""
+        return [self.sensitivity * level.error for level in self.levels]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupProfile:
+    """`loss` of the model when a channel group keeps only `keep` of its channels."""
+
+    name: str
+    keep: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """All layers in network order, and the channel groups that were measured. `key` says what it belongs to."""
+
+    key: str
+    layers: tuple[LayerProfile, ...]
+    groups: tuple[GroupProfile, ...]
+    evaluations: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` gives an equal profile back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Profile:
+        """The profile that `to_json` wrote. Raises `RunError` on anything else."""
+        try:
+            return cls(
+                str(data["key"]),
+                tuple(_layer(row) for row in data["layers"]),
+                tuple(GroupProfile(str(g["name"]), float(g["keep"]), _finite(g["loss"])) for g in data["groups"]),
+                int(data["evaluations"]),
+                float(data["seconds"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"the stored profile cannot be read: {error}") from None
+
+
+def _layer(row: Any) -> LayerProfile:
+    levels = tuple(Level(LayerChoice(**x["choice"]), int(x["bytes"]), _finite(x["error"])) for x in row["levels"])
+    return LayerProfile(str(row["name"]), levels, _finite(row["sensitivity"]))
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{value} is not finite")
+    return number
+
+
+class Measures(Protocol):
+    """What a profile is made with; `evaluate.Evaluator` is one."""
+
+    @property
+    def graph(self) -> Graph:
+        """The model."""
+        ...
+
+    def level(self, layer: Layer, choice: LayerChoice, solver: Solver) -> Level:
+        """Bytes and output error of one layer's solution."""
+        ...
+
+    def loss(self, policy: Policy) -> float:
+        """Distance from the dense model's outputs, as a search measures it."""
+        ...
+
+
+Watch = Callable[[int, int, str], None]
+"""(steps done, steps in all, what was done last)."""
+
+
+def profile_key(space: Space, identity: object) -> str:
+    """Equal if a profile can be reused: the same model, data and levels. `identity` stands for model and data."""
+    levels = [(layer.name, space.bits[layer.name], space.sparsity[layer.name]) for layer in space.graph.layers]
+    what = [VERSION, identity, levels, sorted(space.keep.items()), space.preferred("scheme"), space.preferred("solver")]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def measure(measures: Measures, space: Space, key: str, watch: Watch, clock: Callable[[], float]) -> Profile:
+    """Solve every level of every layer, and evaluate each layer alone, once. `watch` follows it; `clock` in seconds."""
+    start = clock()
+    layers: list[LayerProfile] = []
+    total = 2 * len(space.graph.layers) + len(space.keep)
+    for layer in space.graph.layers:
+        levels = levels_of(measures, space, layer)
+        watch(len(layers) * 2, total, f"{layer.name}: {len(levels)} levels solved")
+        layers.append(LayerProfile(layer.name, levels, _sensitivity(measures, space, layer, levels)))
+        watch(len(layers) * 2, total, f"{layer.name} measured")
+    groups = []
+    for name, ratios in space.keep.items():
+        groups += [_group(measures, space, name, ratios)] if len(ratios) > 1 else []
+        watch(2 * len(layers) + len(groups), total, f"channels of {name} measured")
+    return Profile(key, tuple(layers), tuple(groups), len(layers) + len(groups), clock() - start)
+
+
+def levels_of(measures: Measures, space: Space, layer: Layer) -> tuple[Level, ...]:
+    """Every choice that the space leaves `layer`, solved."""
+    scheme, solver = space.preferred("scheme"), space.preferred("solver")
+    return tuple(
+        measures.level(layer, LayerChoice(int(bits), zeros, scheme), solver)
+        for bits in space.bits[layer.name]
+        for zeros in space.sparsity[layer.name]
+    )
+
+
+def _sensitivity(measures: Measures, space: Space, layer: Layer, levels: Sequence[Level]) -> float:
+    """Loss per unit of error, at the level whose error is nearest to the probed one."""
+    harmful = [level for level in levels if level.error > 0]
+    if not harmful:
+        return 0.0
+    probe = min(harmful, key=lambda level: abs(math.log(level.error / PROBED_ERROR)))
+    loss = measures.loss(space.only({layer.name: probe.choice}))
+    return max(loss, 1e-9) / probe.error
+
+
+def _group(measures: Measures, space: Space, name: str, ratios: Sequence[float]) -> GroupProfile:
+    keep = ratios[len(ratios) // 2] if len(ratios) > 2 else ratios[0]
+    return GroupProfile(name, keep, max(0.0, measures.loss(space.only({}, {name: keep}))))
