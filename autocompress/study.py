@@ -408,7 +408,7 @@ def search(
     choices = Space(file, evaluator.graph)
     budget = Budget.resolve([Limit.parse(text) for text in settings.budgets], evaluator.dense)
     _refuse_unreachable(choices, evaluator, budget, settings)
-    controller = make_controller(settings.controller, choices, budget, evaluator.predict, settings.seed)
+    controller = make_controller(settings.controller, choices, budget, evaluator.bound, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     with Journal.writing(folder) as journal:
         if not resume:
