@@ -178,6 +178,8 @@ class FakeEvaluator:
         self.graph.check(policy)
         return Measurement(self.size(policy), self.graph.macs(policy))
 
+    bound = predict
+
     def __call__(
         self, policy: Policy, rung: int = 0, keep: Path | None = None, progress: Progress | None = None
     ) -> Evaluation:
