@@ -143,11 +143,12 @@ def test_length_is_predicted_without_building_and_below_the_bound(
     task: ClassificationTask, bits: int, sparsity: float
 ) -> None:
     evaluator = Evaluator(task, dense_ms=1.0)
-    for keep in (1.0, 0.5):
-        groups = {group.name: keep for group in evaluator.graph.prunable}
-        policy = Policy({layer.name: LayerChoice(bits, sparsity) for layer in evaluator.graph.layers}, groups)
+    layers = {layer.name: LayerChoice(bits, sparsity) for layer in evaluator.graph.layers}
+    half = {group.name: 0.5 for group in evaluator.graph.prunable}
+    for policy in (Policy(layers), Policy(layers, half), Policy(layers, solver="database")):
         predicted, bound = evaluator.predict(policy), evaluator.bound(policy)
-        content, _ = written(evaluator, policy)
+        content, model = written(evaluator, policy)
+        assert same_outputs(evaluator, content, model)
         coded = [entry for entry in packed.unpack(content).header.entries if entry.coding == "entropy"]
         assert len(content) == predicted.bytes <= bound.bytes - layout.WORTHWHILE // 2 * len(coded)
         assert predicted.macs == bound.macs
