@@ -19,6 +19,8 @@ from autocompress import ClassificationTask, LayerChoice, Policy, Recovery, Work
 from autocompress.artifact import layout, packed
 from autocompress.measure.size import Size
 from autocompress.stored import Full, Half, Quantised, Raw, Stored, round_to_half
+from autocompress.tasks import cifar10
+from autocompress.trace import trace
 
 Array = np.ndarray[Any, Any]
 
@@ -257,6 +259,15 @@ def test_quality_that_was_not_measured_is_nan() -> None:
 
 
 # --- whole models ---------------------------------------------------------------------------------------
+
+
+def test_header_of_a_resnet20_with_mixed_widths_takes_few_bytes() -> None:
+    graph = trace(cifar10.architecture(20).eval(), torch.zeros(2, 3, 32, 32))
+    layers = {layer.name: LayerChoice(2 + i % 3, i % 7 / 10) for i, layer in enumerate(graph.layers)}
+    coded = {layer.weight: math.prod(layer.shape) // (9 + i % 4) for i, layer in enumerate(graph.layers)}
+    header = Size(graph, "cifar10-resnet20", "accuracy").header(Policy(layers), coded)
+    assert {entry.coding for entry in header.entries if entry.kind == "quantised"} == {"entropy"}
+    assert len(header.encode()) <= 520
 
 
 @pytest.fixture(scope="module")
