@@ -17,6 +17,8 @@ from torch import nn
 
 from autocompress import ClassificationTask, LayerChoice, Policy, Recovery, Workbench, compress
 from autocompress.artifact import layout, packed
+from autocompress.engine.prune import magnitude_mask
+from autocompress.engine.quantize import quantise
 from autocompress.measure.size import Size
 from autocompress.stored import Full, Half, Quantised, Raw, Stored, round_to_half
 from autocompress.tasks import cifar10
@@ -214,6 +216,18 @@ def test_second_decoder_and_reader_give_the_stored_values(
     for i, (_, _, stored, _) in enumerate(tensors):
         same_bits(found[f"t{i}"], stored.dense())
         same_bits(read.tensors[f"t{i}"].dense().numpy(), stored.dense())
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_second_decoder_reads_streams_of_bell_shaped_weights(bits: int, scheme: Any, sparsity: float) -> None:
+    weight = torch.randn(8, 15, 3, 3, generator=torch.Generator().manual_seed(bits))
+    stored = quantise(weight, LayerChoice(bits, scheme=scheme), magnitude_mask(weight, int(sparsity * weight.numel())))
+    content = file_of([("quantised", tuple(weight.shape), stored, "entropy")])
+    header, tensors, _ = decode(content)
+    assert header["tensors"] == [["t0", "e", [8, 15, 3, 3], bits, int(stored.symmetric), stored.coded]]
+    same_bits(tensors["t0"], stored.dense())
 
 
 @given(st.lists(stored_tensors(), max_size=4))
