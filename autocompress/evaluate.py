@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from autocompress.artifact.layout import Header, file_bytes
 from autocompress.artifact.packed import Artifact, build, pack, read
 from autocompress.engine import Compressed, Progress, Workbench, compress
 from autocompress.errors import PolicyError
@@ -42,9 +43,21 @@ class Evaluator:
         return Measurement(self.graph.dense_bytes, self.graph.dense_macs, self.quality.dense, 0.0, self.latency.dense)
 
     def predict(self, policy: Policy) -> Measurement:
-        """What is known exactly without building: bytes and multiply-accumulates."""
+        """Bytes and multiply-accumulates; those of the one-shot policy, since training may change how codes compress.
+
+        Exact without it. Finds the layers' codes, but measures nothing.
+        """
+        self.graph.check(policy)
+        return Measurement(self.size(policy, self.bench.coded_lengths(policy)), self.graph.macs(policy))
+
+    def bound(self, policy: Policy) -> Measurement:
+        """What `policy` takes at most, by arithmetic alone: bytes without entropy coding, multiply-accumulates."""
         self.graph.check(policy)
         return Measurement(self.size(policy), self.graph.macs(policy))
+
+    def header(self, compressed: Compressed) -> Header:
+        """The header of the file that holds exactly these tensors."""
+        return self.size.header(compressed.policy, compressed.coded_lengths())
 
     def __call__(
         self, policy: Policy, rung: int = 0, keep: Path | None = None, progress: Progress | None = None
@@ -57,7 +70,7 @@ class Evaluator:
         start = time.perf_counter()
         try:
             compressed, model = self.build(policy, progress)
-            measured = self._measure(policy, model)
+            measured = self._measure(compressed, model)
             if keep is not None:
                 write(keep, self.pack(compressed, measured.quality))
             return Evaluation(policy, self.seed, rung, "ok", measured, seconds=time.perf_counter() - start)
@@ -78,15 +91,16 @@ class Evaluator:
         compressed = compress(self.bench, policy, progress)
         return compressed, self.bench.realise(compressed)
 
-    def _measure(self, policy: Policy, model: nn.Module) -> Measurement:
+    def _measure(self, compressed: Compressed, model: nn.Module) -> Measurement:
+        policy = compressed.policy
         quality = self.quality(model)
         latency = self.latency(model, self.graph.architecture(policy))
-        known = self.predict(policy)
-        return Measurement(known.bytes, known.macs, quality.score, quality.loss, latency.ms)
+        size, macs = file_bytes(self.header(compressed)), self.graph.macs(policy)
+        return Measurement(size, macs, quality.score, quality.loss, latency.ms)
 
     def pack(self, compressed: Compressed, quality: float) -> bytes:
         """The content of the file for a compressed model that scored `quality`."""
-        return pack(self.size.header(compressed.policy), compressed.tensors, quality, compressed.policy.key())
+        return pack(self.header(compressed), compressed.tensors, quality, compressed.policy.key())
 
     def reload(self, path: Path) -> tuple[Artifact, nn.Module]:
         """The file at `path` read back and rebuilt on a fresh model of the task."""

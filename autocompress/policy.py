@@ -21,8 +21,8 @@ Criterion = Literal["l1", "l2", "taylor", "entropy", "gini"]
 Decay = Literal["constant", "step", "exponential", "cosine", "polynomial"]
 Gradient = Literal["none", "centralise", "standardise"]
 
-BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
-"""Weight widths: integers on an affine grid up to 8, IEEE half and single precision above."""
+BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
+"""Weight widths: a sign times the row's scale, integers on an affine grid up to 8, IEEE half and single precision."""
 
 
 def _require(condition: bool, what: str, given: object, required: str) -> None:
@@ -49,7 +49,10 @@ def _one_of(what: str, given: str, kind: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """How one weight tensor is stored: share of zeros, bit width, and the grid's symmetry."""
+    """How one weight tensor is stored: share of zeros, bit width, and the grid's symmetry.
+
+    1 bit is always symmetric: the unpruned weights of a row are plus or minus one scale, whatever `scheme` says.
+    """
 
     bits: int = 32
     sparsity: float = 0.0

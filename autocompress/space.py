@@ -30,7 +30,10 @@ Value = int | float | str | bool
 
 @dataclass(frozen=True, slots=True)
 class Ordered:
-    """A choice among numbers, cheapest first: one step down does not add bytes."""
+    """A choice among numbers, cheapest first: one step down does not add bytes.
+
+    The exception are zeros beside 1-bit weights: a mask of them costs as much as all the signs.
+    """
 
     name: str
     values: tuple[float, ...]

@@ -7,10 +7,12 @@ measured is what ships. Knows nothing about policies or files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from autocompress.coding import alphabet, coded_length
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,7 +21,8 @@ class Quantised:
 
     `codes` uint8 in [0, 2^bits), any shape; `scale` float32 (out,), already exact in the file's 16 bits;
     `zero` uint8 (out,). `mask` bool, of the same shape as `codes`: False where the weight was pruned, whose code
-    is the zero point; None when nothing was.
+    is the zero point; None when nothing was. With 1 bit the zero point is 1, and codes are 0 or 2: minus or plus the
+    scale. `coded` is the number of bytes that the codes take when entropy coded, None where that was not computed.
     """
 
     codes: Tensor
@@ -28,6 +31,16 @@ class Quantised:
     bits: int
     symmetric: bool
     mask: Tensor | None = None
+    coded: int | None = None
+
+    def symbols(self) -> Tensor:
+        """What is entropy coded, flat uint8: codes counted from the zero point modulo their number, so 0 is zero."""
+        zero = self.zero.to(torch.int16).reshape(-1, *[1] * (self.codes.ndim - 1))
+        return ((self.codes.to(torch.int16) - zero) % alphabet(self.bits)).to(torch.uint8).flatten()
+
+    def with_length(self) -> Quantised:
+        """The same with `coded`."""
+        return replace(self, coded=coded_length(self.symbols().numpy(), self.bits))
 
     def dense(self) -> Tensor:
         """Float32 values."""

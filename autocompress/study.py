@@ -218,20 +218,30 @@ class Study:
             self._known.setdefault(evaluation.policy.key(), trial)
         self._controller.tell(evaluation)
 
+    def _excessive(self, policy: Policy) -> Measurement | None:
+        """What `policy` takes if that is over the budget. Finds its layers' codes only where the bound is over it."""
+        static = self.budget.static()
+        if static.excess(self.evaluator.bound(policy)) <= 0:
+            return None
+        try:
+            predicted = self.evaluator.predict(policy)
+        except Exception:  # what cannot be built fails when it is, and is recorded as that
+            return None
+        return predicted if static.excess(predicted) > 0 else None
+
     def _needs_running(self, policy: Policy, rung: int) -> bool:
         """Write that the trial starts; settle it here if it is over budget, known, or fatal to its process."""
         attempts = self._journal.begin(len(self.trials), policy, rung)
-        predicted = self.evaluator.predict(policy)
         seed = self.settings.seed
-        if self.budget.static().excess(predicted) > 0:
-            self._settle(Evaluation(policy, seed, rung, "infeasible", predicted))
-        elif policy.key() in self._known:
+        if policy.key() in self._known:
             known = self._known[policy.key()]
             self._settle(replace(known.evaluation, copy_of=known.number, seconds=0.0, rung=rung))
         elif attempts > MAX_ATTEMPTS:
             self._settle(
                 Evaluation(policy, seed, rung, "failed", error=f"its process ended {MAX_ATTEMPTS} times while it ran")
             )
+        elif (excessive := self._excessive(policy)) is not None:
+            self._settle(Evaluation(policy, seed, rung, "infeasible", excessive))
         else:
             return True
         return False
@@ -461,7 +471,9 @@ def _describe(journal: Journal, folder: Path, evaluator: Evaluator, budget: Budg
 
 
 def _refuse_unreachable(space: Space, evaluator: Evaluator, budget: Budget, settings: Settings) -> None:
-    smallest = evaluator.predict(space.smallest())
+    smallest = evaluator.bound(space.smallest())
+    if budget.static().excess(smallest) > 0:
+        smallest = evaluator.predict(space.smallest())
     if budget.static().excess(smallest) > 0:
         raise NothingFits(
             f"nothing fits {budget}: the smallest policy of the space {settings.space!r} takes {smallest.bytes:,} "

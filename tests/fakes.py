@@ -184,6 +184,8 @@ class FakeEvaluator:
         self.graph.check(policy)
         return Measurement(self.size(policy), self.graph.macs(policy))
 
+    bound = predict
+
     def level(self, layer: Layer, choice: LayerChoice, solver: str) -> Level:  # noqa: ARG002
         """Exact bytes; the error is what `damage` asks of the choice."""
         count = prod(layer.shape)

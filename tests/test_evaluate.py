@@ -139,7 +139,9 @@ def test_every_form_of_task_is_compressed_measured_written_and_read(kind: str, e
     assert (found.status, found.error, found.rung, found.policy) == ("ok", "", 2, policy)
     assert found.measurement is not None
     measured = found.measurement
-    assert measured.bytes == evaluator.predict(policy).bytes == (tmp_path / "m.acz").stat().st_size
+    assert measured.bytes == (tmp_path / "m.acz").stat().st_size <= evaluator.bound(policy).bytes
+    if epochs == 0:  # training changes codes, and so their length
+        assert measured.bytes == evaluator.predict(policy).bytes
     assert measured.macs == evaluator.predict(policy).macs < evaluator.dense.macs
     assert measured.latency_ms > 0
     assert measured.loss > 0

@@ -97,6 +97,11 @@ def test_only_the_samplers_know_optuna() -> None:
     assert users == {"autocompress.controllers.optuna_samplers"}
 
 
+def test_only_the_coding_knows_the_coder() -> None:
+    users = {m for m in MODULES if any(n.split(".")[0] == "constriction" for n in imports(m, everywhere=True))}
+    assert users == {"autocompress.coding"}
+
+
 def test_only_the_tracer_knows_torch_pruning() -> None:
     users = {m for m in MODULES if any(n.split(".")[0] == "torch_pruning" for n in imports(m, everywhere=True))}
     assert users == {"autocompress.trace"}

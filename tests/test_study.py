@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from autocompress.errors import AutocompressError, NothingFits, RunError
 from autocompress.journal import FILE, Journal
 from autocompress.policy import Policy
 from autocompress.study import Outcome, Progress, Settings, Study, search
+from autocompress.trial import Measurement
 
 
 def some_fail(policy: Policy, rung: int) -> str | None:
@@ -48,6 +50,40 @@ def test_over_budget_is_never_evaluated(world: World) -> None:
     assert all(t.measured.bytes > 1500 for t in refused)
     evaluator = world.evaluators[0]
     assert all(evaluator.predict(policy).bytes <= 1500 for policy, _, _ in world.calls)
+
+
+def bounded_loosely(patch: pytest.MonkeyPatch) -> None:
+    """Make the arithmetic bound of every policy a megabyte more than what it takes."""
+    exact = FakeEvaluator.predict
+
+    def bound(evaluator: FakeEvaluator, policy: Policy) -> Measurement:
+        known = exact(evaluator, policy)
+        return replace(known, bytes=known.bytes + 10**6)
+
+    patch.setattr(FakeEvaluator, "bound", bound)
+
+
+def test_bound_over_the_budget_refuses_nothing_that_fits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded_loosely(monkeypatch)
+    found = world.search(epochs=0, trials=1)
+    assert [t.evaluation.status for t in found.trials] == ["ok"]
+    assert found.picked is not None
+
+
+def test_candidate_whose_size_cannot_be_found_is_a_failed_trial(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounded_loosely(monkeypatch)
+    exact, seen = FakeEvaluator.predict, []
+
+    def predict(evaluator: FakeEvaluator, policy: Policy) -> Measurement:
+        seen.append(policy)
+        if len(seen) > 1:  # the first is asked for before the search begins
+            raise ValueError("no codes")
+        return exact(evaluator, policy)
+
+    monkeypatch.setattr(FakeEvaluator, "predict", predict)
+    found = world.search(epochs=0, trials=1)
+    assert [t.evaluation.status for t in found.trials] == ["failed"]
+    assert "no codes" in found.trials[0].evaluation.error
 
 
 def test_no_policy_is_measured_twice(world: World) -> None:

@@ -1,6 +1,7 @@
 """Which bytes a packed file holds, by arithmetic: entries, codings, header. `docs/format.md` describes the file.
 
-Knows nothing about tensors, so the exact length of a file follows from a graph and a policy before any is built.
+Knows nothing about tensors. From a graph and a policy alone follows how long a file can become; with the lengths of
+the codes that are entropy coded, how long it is.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
 
+from autocompress.coding import SYMBOLS_PER_BYTE
 from autocompress.errors import ArtifactError
 from autocompress.graph import Graph, Shape
-from autocompress.policy import LayerChoice, Policy, Recovery
+from autocompress.policy import LayerChoice, Policy
 
 MAGIC = b"ACZ1"
 PREFIX = struct.Struct("<4sIQI8sd")  # magic, CRC-32 of what follows it, file length, header length, policy key, quality
@@ -23,7 +25,9 @@ MAX_HEADER = 4 * 2**20
 MAX_DIMENSIONS = 8
 
 Kind = Literal["quantised", "half", "full", "raw"]
-Coding = Literal["dense", "bitmask"]
+Coding = Literal["dense", "bitmask", "entropy"]
+WORTHWHILE = 8
+"""Bytes that entropy coding has to save: more than the longer row takes in the header."""
 RAW_BYTES = {
     "bool": 1,
     "uint8": 1,
@@ -41,7 +45,10 @@ RAW_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor in the file. `count` is the number of values that are written: all, or those a bitmask marks."""
+    """One tensor in the file. `count` is the number of values that are written: all, or those a bitmask marks.
+
+    `coded` is the length in bytes of the codes if they are entropy coded.
+    """
 
     name: str
     kind: Kind
@@ -51,11 +58,12 @@ class Entry:
     count: int = 0
     symmetric: bool = True
     dtype: str = "float32"
+    coded: int = 0
 
     @property
     def nbytes(self) -> int:
         """Length of this tensor's section of the payload."""
-        values = -(-self.count * self.bits // 8)
+        values = self.coded if self.coding == "entropy" else -(-self.count * self.bits // 8)
         mask = -(-prod(self.shape) // 8) if self.coding == "bitmask" else 0
         if self.kind == "quantised":
             rows = self.shape[0]
@@ -64,18 +72,20 @@ class Entry:
 
     def to_json(self) -> list[Any]:
         """As short as it can be and still be plain."""
-        row: list[Any] = [self.name, self.kind[0], list(self.shape)]
+        row: list[Any] = [self.name, "e" if self.coding == "entropy" else self.kind[0], list(self.shape)]
         if self.kind == "raw":
             return [*row, self.dtype]
         if self.kind == "quantised":
             row += [self.bits, int(self.symmetric)]
+        if self.coding == "entropy":
+            return [*row, self.coded]
         return [*row, self.count] if self.coding == "bitmask" else row
 
     @classmethod
     def from_json(cls, row: Any) -> Entry:
         """The entry that `to_json` wrote; every number is checked before anything is allocated."""
         name, letter, shape, *rest = _list(row, 3, 6)
-        if not isinstance(name, str) or letter not in ("q", "h", "f", "r"):
+        if not isinstance(name, str) or letter not in ("q", "e", "h", "f", "r"):
             raise ArtifactError(f"the header describes a tensor as {row!r}")
         shape = tuple(_count(size) for size in _list(shape, 0, MAX_DIMENSIONS))
         numel = prod(shape)
@@ -85,11 +95,14 @@ class Entry:
             if not isinstance(dtype, str) or dtype not in RAW_BYTES:
                 raise ArtifactError(f"tensor {name!r} has unknown type {dtype!r}")
             return cls(name, "raw", shape, 8 * RAW_BYTES[dtype], count=numel, dtype=dtype)
-        if letter == "q":
+        if letter in ("q", "e"):
             bits, symmetric, *rest = _list(rest, 2, 3)
             whole = type(bits) is int and type(symmetric) is int
-            if not (whole and 2 <= bits <= 8 and symmetric in (0, 1) and shape):
+            if not (whole and 1 <= bits <= 8 and symmetric in (0, 1) and (symmetric or bits > 1) and shape):
                 raise ArtifactError(f"tensor {name!r} has an impossible grid")
+            if letter == "e":
+                coded = _count(*_list(rest, 1, 1))
+                return cls(name, "quantised", shape, bits, "entropy", numel, bool(symmetric), coded=coded)
             kind: Kind = "quantised"
         else:
             kind, bits, symmetric = ("half", 16, 1) if letter == "h" else ("full", 32, 1)
@@ -112,15 +125,24 @@ def _count(value: Any) -> int:
     return value
 
 
-def weight_entry(name: str, shape: Shape, choice: LayerChoice, kept: int) -> Entry:
-    """How a weight with `kept` unpruned values is written: dense, or as a bitmask if that is shorter."""
+def weight_entry(name: str, shape: Shape, choice: LayerChoice, kept: int, coded: int | None = None) -> Entry:
+    """How a weight with `kept` unpruned values is written: whatever is shortest.
+
+    Dense, as a bitmask, or, where the length of its entropy coded codes is given and that pays, as these.
+    """
     kinds: dict[int, Kind] = {16: "half", 32: "full"}
-    kind = kinds.get(choice.bits, "quantised")
-    symmetric = choice.scheme == "symmetric" or kind != "quantised"
-    options = [Entry(name, kind, shape, choice.bits, "dense", prod(shape), symmetric)]
-    if kept < prod(shape):
+    kind, count = kinds.get(choice.bits, "quantised"), prod(shape)
+    symmetric = choice.scheme == "symmetric" or choice.bits == 1 or kind != "quantised"
+    options = []
+    if kept == count or choice.bits > 1:  # one bit is a sign and cannot be zero
+        options.append(Entry(name, kind, shape, choice.bits, "dense", count, symmetric))
+    if kept < count:
         options.append(Entry(name, kind, shape, choice.bits, "bitmask", kept, symmetric))
-    return min(options, key=lambda entry: entry.nbytes)
+    shortest = min(options, key=lambda entry: entry.nbytes)
+    if coded is None or count > SYMBOLS_PER_BYTE * coded:
+        return shortest
+    stream = Entry(name, kind, shape, choice.bits, "entropy", count, symmetric, coded=coded)
+    return stream if stream.nbytes + WORTHWHILE <= shortest.nbytes else shortest
 
 
 def rest_entry(name: str, shape: Shape, dtype: str) -> Entry:
@@ -132,14 +154,19 @@ def rest_entry(name: str, shape: Shape, dtype: str) -> Entry:
     return Entry(name, "half", shape, 16, count=prod(shape))
 
 
-def plan(graph: Graph, policy: Policy) -> tuple[Entry, ...]:
-    """Every entry of the file that `policy` leads to."""
+Coded = Mapping[str, int]
+"""Weight name to length in bytes of its entropy coded codes."""
+
+
+def plan(graph: Graph, policy: Policy, coded: Coded | None = None) -> tuple[Entry, ...]:
+    """Every entry of the file that `policy` leads to; weights that `coded` does not name are not entropy coded."""
+    coded = coded or {}
     choices = {layer.weight: choice for layer, choice in graph.choices(policy)}
     entries = []
     for name, shape in graph.contents(policy).items():
         if name in choices:
             kept = prod(shape) - choices[name].zeros(prod(shape))
-            entries.append(weight_entry(name, shape, choices[name], kept))
+            entries.append(weight_entry(name, shape, choices[name], kept, coded.get(name)))
         else:
             entries.append(rest_entry(name, shape, graph.tensors.get(name, (shape, "float32"))[1]))
     return tuple(entries)
@@ -149,8 +176,8 @@ def plan(graph: Graph, policy: Policy) -> tuple[Entry, ...]:
 class Header:
     """What the file says of itself, beside the measured quality and the policy's key, which stand in the prefix.
 
-    `policy` is without its recovery training, which leaves no trace in the file but in its values; so a trained
-    model's file is exactly as long as the untrained one's.
+    `policy` is without its layers, which the entries describe, and without its recovery training, which leaves no
+    trace in the file but in its values.
     """
 
     task: str
@@ -167,7 +194,9 @@ class Header:
             "task": self.task,
             "metric": self.metric,
             "graph": self.graph,
-            "policy": {name: value for name, value in self.policy.to_json().items() if name != "recovery"},
+            "policy": {
+                name: value for name, value in self.policy.to_json().items() if name not in ("layers", "recovery")
+            },
             "folded": list(self.folded),
             "tensors": [entry.to_json() for entry in self.entries],
             "versions": dict(self.versions),
@@ -206,11 +235,13 @@ class Header:
         return sum(entry.nbytes for entry in self.entries)
 
 
-def header_for(graph: Graph, policy: Policy, task: str, metric: str, versions: Mapping[str, str]) -> Header:
-    """The header of the file that `policy` leads to."""
-    folded, entries = tuple(graph.folded(policy)), plan(graph, policy)
-    plain = replace(policy, recovery=Recovery())
-    return Header(task, metric, graph.shapes_fingerprint, plain, folded, entries, versions)
+def header_for(
+    graph: Graph, policy: Policy, task: str, metric: str, versions: Mapping[str, str], coded: Coded | None = None
+) -> Header:
+    """The header of the file that `policy` leads to; `coded` is as in `plan`."""
+    folded, entries = tuple(graph.folded(policy)), plan(graph, policy, coded)
+    rest = Policy(keep=policy.keep, criterion=policy.criterion, solver=policy.solver)
+    return Header(task, metric, graph.shapes_fingerprint, rest, folded, entries, versions)
 
 
 def file_bytes(header: Header) -> int:

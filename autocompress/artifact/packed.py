@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autocompress import coding
 from autocompress.artifact.layout import MAGIC, PREFIX, RAW_BYTES, Entry, Header
 from autocompress.errors import ArtifactError
 from autocompress.graph import tensors_fingerprint
@@ -59,8 +60,7 @@ def write_section(entry: Entry, stored: Stored) -> bytes:
     if isinstance(stored, Quantised):
         exponent, scale = _halves(stored.scale)
         zero = b"" if stored.symmetric else stored.zero.numpy().tobytes()
-        codes = (stored.codes if marked is None else stored.codes[marked]).flatten().numpy()
-        return exponent + scale + zero + head + pack_bits(codes, entry.bits)
+        return exponent + scale + zero + head + _codes(entry, stored, marked)
     values = stored.dense() if marked is None else stored.dense()[marked]
     if isinstance(stored, Half):
         exponent, halves = _halves(values.flatten())
@@ -68,6 +68,13 @@ def write_section(entry: Entry, stored: Stored) -> bytes:
     if isinstance(stored, Full):
         return head + values.flatten().numpy().astype("<f4").tobytes()
     return values.contiguous().flatten().view(torch.uint8).numpy().tobytes() if values.numel() else b""
+
+
+def _codes(entry: Entry, stored: Quantised, marked: Tensor | None) -> bytes:
+    if entry.coding == "entropy":
+        return coding.encode(stored.symbols().numpy(), entry.bits)
+    codes = (stored.codes if marked is None else stored.codes[marked]).flatten()
+    return pack_bits((codes >> 1 if entry.bits == 1 else codes).numpy(), entry.bits)
 
 
 class _Reader:
@@ -120,9 +127,8 @@ def read_section(entry: Entry, content: memoryview) -> Stored:
         if int(mask.sum()) != entry.count:
             raise ArtifactError(f"tensor {entry.name!r} announces {entry.count} values and marks {int(mask.sum())}")
     if entry.kind == "quantised":
-        packed = unpack_bits(reader.take(-(-entry.count * entry.bits // 8)), entry.bits, entry.count)
         rows = zero.reshape(-1, *[1] * (len(shape) - 1))
-        codes = _place(torch.from_numpy(packed), shape, mask, rows.expand(shape))
+        codes = _place(_codes_of(entry, reader, rows), shape, mask, rows.expand(shape))
         return Quantised(codes, scale, zero, entry.bits, entry.symmetric, mask)
     if entry.kind == "half":
         return Half(_place(reader.halves(exponent, entry.count), shape, mask, torch.zeros(shape)), mask)
@@ -130,6 +136,17 @@ def read_section(entry: Entry, content: memoryview) -> Stored:
     if bool(torch.isnan(floats).any()):
         raise ArtifactError(f"tensor {entry.name!r} holds a value that is not a number")
     return Full(_place(floats, shape, mask, torch.zeros(shape)), mask)
+
+
+def _codes_of(entry: Entry, reader: _Reader, zero: Tensor) -> Tensor:
+    """The codes that `_codes` wrote, uint8, flat; `zero` as `entry.shape` with all sizes after the first 1."""
+    if entry.coding == "entropy":
+        symbols = coding.decode(reader.take(entry.coded).tobytes(), entry.bits, entry.count)
+        shifted = torch.from_numpy(symbols).to(torch.int16).reshape(entry.shape) + zero
+        return (shifted % coding.alphabet(entry.bits)).to(torch.uint8).flatten()
+    packed = unpack_bits(reader.take(-(-entry.count * entry.bits // 8)), entry.bits, entry.count)
+    codes = torch.from_numpy(packed)
+    return codes << 1 if entry.bits == 1 else codes
 
 
 def _place(values: Tensor, shape: tuple[int, ...], mask: Tensor | None, background: Tensor) -> Tensor:

@@ -217,7 +217,7 @@ class SolverController(OptunaController):
         return None if settled is None else Choice(tuple(settled.tolist()), keep, rest)
 
     def _settle(self, instance: Instance, levels: Ints, capacity: int, pinned: set[int]) -> Ints | None:
-        """`levels` with the `pinned` layers held: the rest goes down where it costs least, up where it gains most."""
+        """`levels` with the `pinned` layers held: the rest goes down where it costs least, then up."""
         losses, costs = self._surrogate.mean(), instance.costs[0]
         layers = np.arange(len(levels))
         free = np.array([i not in pinned for i in layers])

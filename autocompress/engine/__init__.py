@@ -43,6 +43,27 @@ class Compressed:
     policy: Policy
     tensors: StoredModel
 
+    def coded_lengths(self) -> dict[str, int]:
+        """Bytes of each weight's codes when entropy coded: what the exact length of the file depends on."""
+        return _coded_lengths(self.tensors)
+
+
+def _coded_lengths(tensors: StoredModel) -> dict[str, int]:
+    return {name: t.coded for name, t in tensors.items() if isinstance(t, Quantised) and t.coded is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class OneShot:
+    """A policy before recovery training: kept channels per group, remaining tensors, compressed weights.
+
+    `compensated` names the weights that come from the layer database.
+    """
+
+    kept: Mapping[str, Tensor]
+    state: Mapping[str, Tensor]
+    weights: dict[str, Stored]
+    compensated: frozenset[str]
+
 
 class Workbench:
     """Resident state of one task. Not safe for threads: `compress` and `realise` reuse its models."""
@@ -126,6 +147,27 @@ class Workbench:
         self._layers.move_to_end(key)
         return self._layers[key][0]
 
+    def one_shot(self, policy: Policy) -> OneShot:
+        """Channels, zeros and bits of `policy`, from the cache as far as possible."""
+        kept = self.importance.kept(policy)
+        state = remove_channels(self.state, self.graph, kept)
+        weights: dict[str, Stored] = {}
+        compensated = set()
+        for layer, choice in self.graph.choices(policy):
+            channels = tuple(
+                (g.name, len(kept[g.name]), policy.criterion)
+                for g in self.graph.prunable
+                if g.name in kept and any(m.tensor == layer.weight for m in g.members)
+            )
+            weights[layer.weight] = self.stored(layer, choice, state[layer.weight], channels, policy.solver)
+            if self.compensates(layer, channels, policy.solver):
+                compensated.add(layer.weight)
+        return OneShot(kept, state, weights, frozenset(compensated))
+
+    def coded_lengths(self, policy: Policy) -> dict[str, int]:
+        """`Compressed.coded_lengths` of the policy without its recovery training."""
+        return _coded_lengths(self.one_shot(policy).weights)
+
 
 def compress(bench: Workbench, policy: Policy, progress: Progress | None = None) -> Compressed:
     """The dense model under `policy`: channels, zeros, bits, recovery training, batch norms, in this order.
@@ -135,24 +177,13 @@ def compress(bench: Workbench, policy: Policy, progress: Progress | None = None)
     """
     graph = bench.graph
     graph.check(policy)
-    kept = bench.importance.kept(policy)
-    state = remove_channels(bench.state, graph, kept)
-    weights: dict[str, Stored] = {}
-    start: dict[str, Tensor] = {}
-    for layer, choice in graph.choices(policy):
-        channels = tuple(
-            (g.name, len(kept[g.name]), policy.criterion)
-            for g in graph.prunable
-            if g.name in kept and any(m.tensor == layer.weight for m in g.members)
-        )
-        stored = bench.stored(layer, choice, state[layer.weight], channels, policy.solver)
-        weights[layer.weight] = stored
+    parent = bench.one_shot(policy)
+    state, weights = parent.state, parent.weights
+    if policy.recovery.epochs:
         # training goes on from solutions that make up for one another; a plainly rounded weight starts from its
         # dense value, since the remainder says which way to go
-        if bench.compensates(layer, channels, policy.solver):
-            start[layer.weight] = stored.dense()
-    if policy.recovery.epochs:
-        state = _recover(bench, policy, {**state, **start}, weights, kept, progress)
+        start = {name: weights[name].dense() for name in parent.compensated}
+        state = _recover(bench, policy, {**state, **start}, weights, parent.kept, progress)
         for layer, choice in graph.choices(policy):
             constraint = _constraint(weights[layer.weight])
             weights[layer.weight] = quantise(state[layer.weight], choice, constraint.mask, constraint.grid)

@@ -304,7 +304,7 @@ class LayerDatabase:
             return Half(round_to_half(values), kept) if choice.bits == 16 else Full(values, kept)
         scale = round_to_half(torch.cat([grid.scale for grid in grids]))
         zero = torch.cat([grid.zero for grid in grids]).to(torch.uint8)
-        return Quantised(values.to(torch.uint8), scale, zero, choice.bits, grids[0].symmetric, kept)
+        return Quantised(values.to(torch.uint8), scale, zero, choice.bits, grids[0].symmetric, kept).with_length()
 
     def _mask(self, layer: Layer, rows: Tensor, zeros: int) -> Tensor:
         if zeros == 0:

@@ -34,7 +34,10 @@ class Constraint:
         pruned = weight if self.mask is None else weight * self.mask.to(weight.device)
         if self.grid is None:
             return pruned
-        return pruned + (self.grid.decode(self.grid.encode(pruned)) - pruned).detach()
+        stored = self.grid.decode(self.grid.encode(pruned))
+        if self.mask is not None:  # a grid of 1 bit has no code for zero
+            stored = stored * self.mask.to(weight.device)
+        return pruned + (stored - pruned).detach()
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 One grid per output channel (dimension 0). Symmetric grids have the zero point 2^(bits-1), which is not stored, and
 a scale whose sign puts the longer side of the grid where the largest weight is; asymmetric grids span the
-channel's range including zero. Either way zero is exactly representable, so pruned weights stay zero.
+channel's range including zero. Either way zero is exactly representable, so pruned weights stay zero. A grid of 1 bit
+has the points -scale and +scale, and zero for pruned weights alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ CLIPPING = tuple(1.0 - 0.04 * step for step in range(20))
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grid:
-    """code = round(w / scale) + zero, in [0, 2^bits).
+    """code = round(w / scale) + zero, in [0, 2^bits); with 1 bit sign(w / scale) + 1, where sign(0) is 1.
 
     `scale` (out,) float32, exact in the file's 16 bits; `zero` (out,) float32 holding integers.
     """
@@ -36,8 +37,13 @@ class Grid:
         return self.scale.reshape(shape).to(weight.device), self.zero.reshape(shape).to(weight.device)
 
     def encode(self, weight: Tensor) -> Tensor:
-        """Codes, as floats, of the nearest grid points: same shape as `weight` (out, ...)."""
+        """Codes, as floats, of the nearest grid points: same shape as `weight` (out, ...).
+
+        With 1 bit there is none for zero: whoever prunes sets the code of pruned weights to the zero point.
+        """
         scale, zero = self._rows(weight)
+        if self.bits == 1:
+            return 2.0 * (weight / _divisor(scale) >= 0)
         return (torch.round(weight / _divisor(scale)) + zero).clamp(0, 2**self.bits - 1)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -50,9 +56,11 @@ def fit_grid(weight: Tensor, bits: int, *, symmetric: bool, importance: Tensor |
     """The grid per channel that loses least: candidates are clipped versions of the full range.
 
     `weight` (out, ...); pruned entries count as exact zeros on every grid. `importance` (inputs of a row,) weighs the
-    squared errors; without it all count alike.
+    squared errors; without it all count alike. With 1 bit the grid is symmetric, and what is exactly zero is pruned.
     """
     rows = weight.detach().float().flatten(1)  # (out, n)
+    if bits == 1:
+        return _binary(rows, torch.ones_like(rows[:1]) if importance is None else importance)
     unit = 2.0 ** -half_exponent(rows)  # so that squared errors neither overflow nor vanish
     rows = rows / unit
     best_error = torch.full((len(rows),), float("inf"), device=rows.device)
@@ -66,6 +74,14 @@ def fit_grid(weight: Tensor, bits: int, *, symmetric: bool, importance: Tensor |
         best_scale = torch.where(wins, grid.scale, best_scale)
         best_zero = torch.where(wins, grid.zero, best_zero)
     return Grid(round_to_half(best_scale * unit), best_zero, bits, symmetric)
+
+
+def _binary(rows: Tensor, importance: Tensor) -> Grid:
+    """The scale of least squared error is the mean magnitude (XNOR-Net, 1603.05279, equation 6)."""
+    share = importance * (rows != 0)  # (out, n)
+    share = share / share.sum(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    scale = (rows.abs() * share).sum(dim=1)
+    return Grid(round_to_half(scale), torch.ones_like(scale), 1, True)
 
 
 def _symmetric(rows: Tensor, bits: int, share: float) -> Grid:
@@ -98,15 +114,16 @@ def quantise(weight: Tensor, choice: LayerChoice, mask: Tensor | None, grid: Gri
         return Half(round_to_half(weight), mask)
     grid = grid or fit_grid(weight, choice.bits, symmetric=choice.scheme == "symmetric")
     codes = grid.encode(weight).to(torch.uint8)
-    return Quantised(codes, grid.scale, grid.zero.to(torch.uint8), choice.bits, grid.symmetric, mask)
+    zero = grid.zero.to(torch.uint8)
+    if mask is not None:
+        codes = torch.where(mask, codes, zero.reshape(-1, *[1] * (codes.ndim - 1)))
+    return Quantised(codes, grid.scale, zero, choice.bits, grid.symmetric, mask).with_length()
 
 
 def rescale(stored: Stored, factor: Tensor) -> Stored:
     """Each row multiplied by `factor` (out,): a grid absorbs it in its scale, so the codes stay."""
     if isinstance(stored, Quantised):
-        return Quantised(
-            stored.codes, round_to_half(stored.scale * factor), stored.zero, stored.bits, stored.symmetric, stored.mask
-        )
+        return replace(stored, scale=round_to_half(stored.scale * factor))
     values = stored.dense() * factor.reshape(-1, *[1] * (stored.values.ndim - 1))
     if isinstance(stored, Half):
         return Half(round_to_half(values), stored.mask)

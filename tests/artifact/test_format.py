@@ -6,7 +6,6 @@ import json
 import math
 import struct
 import zlib
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,12 @@ from torch import nn
 
 from autocompress import ClassificationTask, LayerChoice, Policy, Recovery, Workbench, compress
 from autocompress.artifact import layout, packed
+from autocompress.engine.prune import magnitude_mask
+from autocompress.engine.quantize import quantise
 from autocompress.measure.size import Size
 from autocompress.stored import Full, Half, Quantised, Raw, Stored, round_to_half
+from autocompress.tasks import cifar10
+from autocompress.trace import trace
 
 Array = np.ndarray[Any, Any]
 
@@ -60,23 +63,67 @@ def section(content: bytes, at: int, kind: str, shape: list[int], *rest: Any) ->
     if kind == "r":
         dtype = {"bool": "?", "uint8": "u1", "int8": "i1", "int16": "<i2", "int32": "<i4", "int64": "<i8"}[rest[0]]
         return take(n, dtype).reshape(shape), at
-    exponent = int(take(1, "<i2")[0]) if kind in "qh" else 0
-    if kind == "q":
+    exponent = int(take(1, "<i2")[0]) if kind in "qeh" else 0
+    if kind in "qe":
         width, symmetric, *rest = rest  # type: ignore[assignment]
         scale = halves(shape[0])
         zero = np.full(shape[0], 2 ** (width - 1)) if symmetric else take(shape[0], "u1").astype(int)
+        row = np.arange(n) // max(1, math.prod(shape[1:]))
+    if kind == "e":
+        codes = (stream(take(rest[0], "u1").tobytes(), width, n) + zero[row]) % (3 if width == 1 else 2**width)
+        return (scale[row] * (codes - zero[row]).astype(np.float32)).reshape(shape), at
     marked = np.array(bits(n), bool) if rest else np.ones(n, bool)
     m = rest[0] if rest else n
     assert int(marked.sum()) == m
     result = np.zeros(n, np.float32)
     if kind == "q":
-        stream = bits(m * width)
-        codes = [int("".join(map(str, stream[j * width : (j + 1) * width])), 2) for j in range(m)]
-        row = np.nonzero(marked)[0] // max(1, math.prod(shape[1:]))
-        result[marked] = scale[row] * (np.array(codes, np.int64) - zero[row]).astype(np.float32)
+        digits = bits(m * width)
+        packed = np.array([int("".join(map(str, digits[j * width : (j + 1) * width])), 2) for j in range(m)], np.int64)
+        codes = 2 * packed if width == 1 else packed
+        result[marked] = scale[row[marked]] * (codes - zero[row[marked]]).astype(np.float32)
     else:
         result[marked] = halves(m) if kind == "h" else take(m, "<f4")
     return result.reshape(shape), at
+
+
+def stream(content: bytes, width: int, count: int) -> Array:
+    size = 3 if width == 1 else 2**width
+    assert count <= 512 * len(content)
+    assert content[-1:] != b"\0"
+    words = list(np.frombuffer(content + bytes(-len(content) % 4), "<u4"))
+    state = 0
+
+    def refill() -> None:
+        nonlocal state
+        if state < 2**32 and words:
+            state = state * 2**32 + int(words.pop())
+
+    def read(weights: list[int], length: int) -> list[int]:
+        nonlocal state
+        share = [2**16 * w // sum(weights) for w in weights]
+        share[weights.index(max(weights))] += 2**16 - sum(share)
+        start = [sum(share[:s]) * (2**24 - len(share)) // 2**16 + s for s in range(len(share))] + [2**24]
+        found = []
+        for _ in range(length):
+            q = state % 2**24
+            symbol = next(s for s in range(len(share)) if q < start[s + 1])
+            state = state // 2**24 * (start[symbol + 1] - start[symbol]) + q - start[symbol]
+            refill()
+            found.append(symbol)
+        return found
+
+    refill()
+    refill()
+    steps = read([2**16 // (2 + min(d, 64 - d)) ** 2 for d in range(64)], size)
+    turns = [symbol for k in range(size) for symbol in (k, size - 1 - k)][:size]
+    level, weights = 63, [0] * size
+    for symbol, step in zip(turns, steps, strict=True):
+        level = (level + step) % 64
+        weights[symbol] = (256, 304, 362, 431)[level % 4] * 2 ** (level // 4)
+    symbols = read(weights, count)
+    assert state == 0
+    assert not words
+    return np.array(symbols, np.int64)
 
 
 # --- random tensors -------------------------------------------------------------------------------------
@@ -93,7 +140,7 @@ def stored_tensors(draw: st.DrawFn) -> tuple[str, tuple[int, ...], Stored, str]:
         dtype = getattr(torch, draw(st.sampled_from(("bool", "uint8", "int8", "int16", "int32", "int64"))))
         numbers = torch.randint(-(2**62), 2**62, shape, generator=generator)
         return kind, shape, Raw(numbers % 2 == 0 if dtype == torch.bool else numbers.to(dtype)), "dense"
-    coding = draw(st.sampled_from(("dense", "bitmask")))
+    coding = draw(st.sampled_from(("dense", "bitmask", "entropy") if kind == "quantised" else ("dense", "bitmask")))
     mask = None
     if coding == "bitmask" or draw(st.booleans()):
         mask = torch.rand(shape, generator=generator) < draw(st.sampled_from((0.0, 0.3, 0.9, 1.0)))
@@ -102,13 +149,18 @@ def stored_tensors(draw: st.DrawFn) -> tuple[str, tuple[int, ...], Stored, str]:
         return kind, shape, Half(round_to_half(values), mask), coding
     if kind == "full":
         return kind, shape, Full(values, mask), coding
-    bits, symmetric = draw(st.integers(2, 8)), draw(st.booleans())
+    bits = draw(st.integers(1, 8))
+    symmetric = bits == 1 or draw(st.booleans())
     scale = round_to_half(torch.randn(shape[0], generator=generator) * 10.0 ** draw(st.integers(-20, 20)))
     zero = torch.randint(0, 2**bits, (shape[0],), generator=generator).to(torch.uint8)
     if symmetric:
         zero = torch.full((shape[0],), 2 ** (bits - 1), dtype=torch.uint8)
     codes = torch.randint(0, 2**bits, shape, generator=generator).to(torch.uint8)
+    if bits == 1:
+        codes = 2 * codes
     if mask is not None:
+        if bits == 1 and coding == "dense":  # a sign cannot be zero
+            mask = torch.ones(shape, dtype=torch.bool)
         codes = torch.where(mask, codes, zero.reshape(-1, *[1] * (len(shape) - 1)))
     return kind, shape, Quantised(codes, scale, zero, bits, symmetric, mask), coding
 
@@ -124,7 +176,13 @@ def entry(name: str, kind: Any, shape: tuple[int, ...], stored: Stored, coding: 
         assert stored.mask is not None
         count = int(stored.mask.sum())
     bits = stored.bits if isinstance(stored, Quantised) else 16 if kind == "half" else 32
-    return layout.Entry(name, kind, shape, bits, coding, count, getattr(stored, "symmetric", True))
+    coded = 0
+    if coding == "entropy":
+        assert isinstance(stored, Quantised)
+        coded = stored.with_length().coded or 0
+        if count > 512 * coded:  # a stream of nothing
+            coding = "dense"
+    return layout.Entry(name, kind, shape, bits, coding, count, getattr(stored, "symmetric", True), coded=coded)
 
 
 def file_of(tensors: list[tuple[str, tuple[int, ...], Stored, str]], quality: float = 0.5) -> bytes:
@@ -158,6 +216,18 @@ def test_second_decoder_and_reader_give_the_stored_values(
     for i, (_, _, stored, _) in enumerate(tensors):
         same_bits(found[f"t{i}"], stored.dense())
         same_bits(read.tensors[f"t{i}"].dense().numpy(), stored.dense())
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_second_decoder_reads_streams_of_bell_shaped_weights(bits: int, scheme: Any, sparsity: float) -> None:
+    weight = torch.randn(8, 15, 3, 3, generator=torch.Generator().manual_seed(bits))
+    stored = quantise(weight, LayerChoice(bits, scheme=scheme), magnitude_mask(weight, int(sparsity * weight.numel())))
+    content = file_of([("quantised", tuple(weight.shape), stored, "entropy")])
+    header, tensors, _ = decode(content)
+    assert header["tensors"] == [["t0", "e", [8, 15, 3, 3], bits, int(stored.symmetric), stored.coded]]
+    same_bits(tensors["t0"], stored.dense())
 
 
 @given(st.lists(stored_tensors(), max_size=4))
@@ -205,6 +275,15 @@ def test_quality_that_was_not_measured_is_nan() -> None:
 # --- whole models ---------------------------------------------------------------------------------------
 
 
+def test_header_of_a_resnet20_with_mixed_widths_takes_few_bytes() -> None:
+    graph = trace(cifar10.architecture(20).eval(), torch.zeros(2, 3, 32, 32))
+    layers = {layer.name: LayerChoice(2 + i % 3, i % 7 / 10) for i, layer in enumerate(graph.layers)}
+    coded = {layer.weight: math.prod(layer.shape) // (9 + i % 4) for i, layer in enumerate(graph.layers)}
+    header = Size(graph, "cifar10-resnet20", "accuracy").header(Policy(layers), coded)
+    assert {entry.coding for entry in header.entries if entry.kind == "quantised"} == {"entropy"}
+    assert len(header.encode()) <= 520
+
+
 @pytest.fixture(scope="module")
 def bench() -> Workbench:
     torch.manual_seed(0)
@@ -218,7 +297,7 @@ def bench() -> Workbench:
 
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
-@pytest.mark.parametrize("bits", [2, 5, 8, 16, 32])
+@pytest.mark.parametrize("bits", [1, 2, 5, 8, 16, 32])
 def test_second_decoder_reads_whole_models(bench: Workbench, bits: int, scheme: Any, fold: bool) -> None:
     layers = {
         layer.name: LayerChoice(bits, s, scheme) for layer, s in zip(bench.graph.layers, (0, 0.3, 0.9), strict=True)
@@ -226,8 +305,9 @@ def test_second_decoder_reads_whole_models(bench: Workbench, bits: int, scheme: 
     policy = Policy(layers, {group.name: 0.5 for group in bench.graph.prunable}, recovery=Recovery(fold_bn=fold))
     compressed = compress(bench, policy)
     size = Size(bench.graph, "small", "accuracy")
-    header, tensors, _ = decode(packed.pack(size.header(policy), compressed.tensors, 0.5, policy.key()))
-    assert Policy.from_json(header["policy"]) == replace(policy, recovery=Recovery())
+    written = size.header(policy, compressed.coded_lengths())
+    header, tensors, _ = decode(packed.pack(written, compressed.tensors, 0.5, policy.key()))
+    assert Policy.from_json(header["policy"]) == Policy(keep=policy.keep), "layers stand in the rows"
     assert header["folded"] == (["1"] if fold else [])
     assert list(tensors) == list(compressed.tensors)
     for name, stored in compressed.tensors.items():

@@ -170,6 +170,18 @@ WRONG_ROWS: dict[str, Any] = {
     "fractional bits": ["w", "q", [1], 4.5, 1],
     "symmetric is two": ["w", "q", [1], 4, 2],
     "quantised without dimensions": ["w", "q", [], 4, 1],
+    "one bit and asymmetric": ["w", "q", [1], 1, 0],
+    "stream without a length": ["w", "e", [1], 4, 1],
+    "stream with two lengths": ["w", "e", [1], 4, 1, 2, 2],
+    "stream of negative length": ["w", "e", [1], 4, 1, -1],
+    "stream of boolean length": ["w", "e", [1], 4, 1, True],
+    "stream of nine bits": ["w", "e", [1], 9, 1, 1],
+    "stream of no bits": ["w", "e", [1], 0, 1, 1],
+    "stream of one bit and asymmetric": ["w", "e", [1], 1, 0, 1],
+    "stream without dimensions": ["w", "e", [], 4, 1, 1],
+    "stream that is too short": ["w", "e", [1, 2**30], 4, 1, 60],
+    "stream of nothing": ["w", "e", [1, 8], 4, 1, 0],
+    "empty and huge, stream": ["w", "e", [0, BIG, BIG], 4, 1, 1],
     "count above the size": ["w", "h", [1], 2],
     "negative count": ["w", "h", [1], -1],
     "boolean count": ["w", "h", [1], True],
@@ -281,6 +293,9 @@ def test_values_that_no_writer_makes_are_refused() -> None:
         (["w", "h", [8], 1], struct.pack("<hBe", 0, 0b11000000, 1.0)),
         (["w", "h", [8], 1], struct.pack("<hBe", 0, 0, 1.0)),
         (["w", "r", [1], "bool"], b"\2"),
+        (["w", "e", [1, 8], 3, 1, 2], struct.pack("<he2B", 0, 1.0, 1, 0)),
+        (["w", "e", [1, 8], 3, 1, 9], struct.pack("<he9B", 0, 1.0, *range(1, 10))),
+        (["w", "e", [1, 8], 3, 0, 1], struct.pack("<he2B", 0, 1.0, 8, 1)),
     ):
         with pytest.raises(ArtifactError):
             unpack(with_header(payload, tensors=[row]))
@@ -328,6 +343,13 @@ def test_payload_of_a_kilobyte_stays_below_50_megabytes(row: list[Any]) -> None:
     payload = bytes({"q": 4, "h": 2, "f": 0, "r": 0}[row[0]] + 1024)
     with at_most(50 * MEGABYTE):
         assert unpack(with_header(payload, tensors=[["w", *row]])).tensors["w"].dense().abs().sum() == 0
+
+
+def test_stream_of_a_kilobyte_stays_below_50_megabytes() -> None:
+    payload = struct.pack("<he", 0, 1.0) + bytes(range(1, 256)) * 4
+    for size in (2**10, 2**19, 2**20, 2**31, 2**39):
+        with at_most(50 * MEGABYTE), pytest.raises(ArtifactError):
+            unpack(with_header(payload, tensors=[["w", "e", [1, size], 8, 1, 1020]]))
 
 
 # --- fuzzing --------------------------------------------------------------------------------------------

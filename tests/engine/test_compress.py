@@ -125,7 +125,7 @@ def test_the_empty_policy_keeps_the_models_answers(bench: Workbench) -> None:
 
 
 @pytest.mark.parametrize("epochs", [0, 2])
-@pytest.mark.parametrize("bits", [3, 16, 32])
+@pytest.mark.parametrize("bits", [1, 3, 16, 32])
 def test_zeros_are_as_many_as_asked_for_after_training_and_folding(bench: Workbench, bits: int, epochs: int) -> None:
     choice = LayerChoice(bits, 0.5)
     found = compress(bench, everywhere(choice, bench, 0.5, epochs=epochs)).tensors

@@ -505,7 +505,10 @@ def test_files_are_as_long_as_predicted(judge: Evaluator, choice: LayerChoice, e
     policy = everywhere(judge.bench, choice, "database", epochs=epochs)
     found = judge(policy, keep=tmp_path / "file")
     assert found.status == "ok", found.error
-    assert (tmp_path / "file").stat().st_size == judge.predict(policy).bytes
+    assert found.measurement is not None
+    assert (tmp_path / "file").stat().st_size == found.measurement.bytes <= judge.bound(policy).bytes
+    if epochs == 0:  # training changes codes, and so their length
+        assert found.measurement.bytes == judge.predict(policy).bytes
     _, model = judge.reload(tmp_path / "file")
     torch.testing.assert_close(model(data(1)[0]), judge.build(policy)[1](data(1)[0]), rtol=0, atol=1e-5)
 

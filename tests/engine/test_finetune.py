@@ -157,14 +157,15 @@ def test_the_gradient_passes_straight_through_rounding() -> None:
     assert torch.equal(weight.grad, arriving)
 
 
-def test_the_gradient_stops_at_pruned_weights() -> None:
+@pytest.mark.parametrize("bits", [1, 4])
+def test_the_gradient_stops_at_pruned_weights(bits: int) -> None:
     weight = nn.Parameter(torch.randn(3, 4))
     mask = magnitude_mask(weight, 5)
-    Constraint(mask, fit_grid(weight, 4, symmetric=True)).apply(weight).sum().backward()
+    Constraint(mask, fit_grid(weight, bits, symmetric=True)).apply(weight).sum().backward()
     assert torch.equal(weight.grad, mask.float())
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
 def test_what_the_forward_pass_sees_is_what_will_be_stored(bits: int, scheme: Any) -> None:
     weight = torch.randn(3, 40)
@@ -193,7 +194,7 @@ def test_pruned_weights_never_reach_a_forward_pass_while_training(
     assert not torch.equal(seen[0], seen[-1])
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_trained_weights_are_on_their_constraints_grid(bits: int) -> None:
     weight = mlp()[0].weight.detach()
     mask, grid = magnitude_mask(weight, 20), fit_grid(weight, bits, symmetric=True)

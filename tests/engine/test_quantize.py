@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from autocompress.coding import coded_length
 from autocompress.engine import quantize
 from autocompress.engine.prune import magnitude_mask
 from autocompress.engine.quantize import CLIPPING, Grid, fit_grid, quantise, rescale
@@ -233,10 +234,59 @@ def test_an_all_zero_channel_does_not_coarsen_the_scales_of_tiny_ones() -> None:
     np.testing.assert_array_equal(found.numpy(), on_grid(weight[1:], 8, "symmetric").numpy())
 
 
+# --- one bit --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("removed", [0, 200])
+def test_one_bit_is_a_sign_times_the_scale_of_least_error(removed: int) -> None:
+    weight = weights() + 0.2
+    mask = magnitude_mask(weight, removed)
+    stored = quantise(weight, LayerChoice(1), mask)
+    assert isinstance(stored, Quantised)
+    on = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+    mean = (weight.abs() * on).sum(dim=1) / on.sum(dim=1)
+    assert torch.equal(stored.scale, round_to_half(mean))
+    assert torch.equal(stored.dense(), torch.where(on, torch.sign(weight) * stored.scale[:, None], 0.0))
+    assert torch.equal(stored.codes, (torch.where(on, torch.sign(weight), 0.0) + 1).to(torch.uint8))
+
+
+def test_importance_weighs_the_scale_of_one_bit() -> None:
+    grid = fit_grid(torch.tensor([[1.0, -4.0, 0.0]]), 1, symmetric=True, importance=torch.tensor([3.0, 1.0, 9.0]))
+    assert grid.scale.tolist() == [1.75]
+
+
+def test_one_bit_is_symmetric_whatever_was_asked_for() -> None:
+    for scheme in SCHEMES:
+        stored = quantise(weights().abs() + 1, LayerChoice(1, scheme=scheme), None)
+        assert isinstance(stored, Quantised)
+        assert stored.symmetric
+        assert stored.zero.tolist() == [1] * 8
+        assert torch.equal(stored.codes, torch.full((8, 60), 2, dtype=torch.uint8))
+
+
+def test_one_bit_keeps_channels_of_zeros_and_of_extreme_magnitudes_finite() -> None:
+    weight = torch.cat([weights(rows=1) * 1e37, torch.zeros(1, 60)])
+    assert torch.equal(quantise(weight, LayerChoice(1), None).dense()[1], torch.zeros(60))
+    for factor in (1e37, 1e-36):
+        found = quantise(weights() * factor, LayerChoice(1), None).dense()
+        torch.testing.assert_close(found / factor, quantise(weights(), LayerChoice(1), None).dense(), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(("bits", "scheme"), [(1, "symmetric"), *EVERY_GRID])
+def test_symbols_count_from_the_zero_point(bits: int, scheme: Scheme) -> None:
+    weight = weights() + 0.4
+    stored = quantise(weight, LayerChoice(bits, scheme=scheme), magnitude_mask(weight, 200))
+    assert isinstance(stored, Quantised)
+    symbols, size = stored.symbols().long(), 3 if bits == 1 else 2**bits
+    assert torch.equal((symbols == 0).reshape(weight.shape), stored.codes == stored.zero[:, None])
+    assert torch.equal((symbols.reshape(weight.shape) + stored.zero[:, None]) % size, stored.codes.long())
+    assert stored.coded == coded_length(symbols.numpy(), bits)
+
+
 # --- quantise and rescale -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 5, 8, 16, 32])
+@pytest.mark.parametrize("bits", [1, 2, 5, 8, 16, 32])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_pruned_weights_are_exact_zeros_at_every_width(bits: int, scheme: Scheme) -> None:
     weight = weights() + 0.4
@@ -266,7 +316,7 @@ def test_a_given_grid_is_used_as_it_is() -> None:
     np.testing.assert_array_equal(stored.dense().numpy(), expected)
 
 
-@pytest.mark.parametrize(("bits", "scheme"), EVERY_GRID)
+@pytest.mark.parametrize(("bits", "scheme"), [(1, "symmetric"), *EVERY_GRID])
 def test_rescaling_keeps_codes_and_zero_points(bits: int, scheme: Scheme) -> None:
     factor = torch.linspace(-2, 3, 8)
     stored = quantise(weights(), LayerChoice(bits, scheme=scheme), magnitude_mask(weights(), 50))
@@ -276,6 +326,7 @@ def test_rescaling_keeps_codes_and_zero_points(bits: int, scheme: Scheme) -> Non
     assert torch.equal(moved.codes, stored.codes)
     assert torch.equal(moved.zero, stored.zero)
     assert moved.mask is stored.mask
+    assert moved.coded == stored.coded == stored.with_length().coded
     np.testing.assert_allclose(moved.dense().numpy(), (stored.dense() * factor[:, None]).numpy(), rtol=2.0**-11)
     assert torch.equal(round_to_half(moved.scale), moved.scale)
 
