@@ -18,7 +18,6 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from autocompress.errors import AutocompressError
 from autocompress.policy import Policy
 from autocompress.space import Ordered, Parameter, Real, Space
 from autocompress.trial import Budget, Evaluation, Measurement

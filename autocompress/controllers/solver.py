@@ -256,7 +256,7 @@ class SolverController(OptunaController):
         return tuple((n, others[int(draw.integers(len(others)))] if n == name else v) for n, v in rest)
 
     def _fitted(self, choice: Choice) -> Policy | None:
-        """The policy of `choice`, with less room if its file comes out over the budget after all (the header varies)."""
+        """The policy of `choice`; with less room if its file is over the budget after all, since headers vary."""
         policy = self._policy(choice)
         for _ in range(4):
             excess = self._predict(policy).bytes - (self._budget.bytes or math.inf)
