@@ -24,7 +24,7 @@ from autocompress.stored import round_to_half
 
 REMOVED_PER_ROUND = 0.05
 """Share of the remaining weights that goes between two updates of the others."""
-REMOVED_PER_SHARED_ROUND = 0.2
+REMOVED_PER_SHARED_ROUND = 0.1
 MOST_ZEROS = 0.97
 EXACT_BYTES = 2**29
 """Layers whose row-wise inverses of H take more are pruned with one inverse that all rows share."""
@@ -91,7 +91,7 @@ def _rounds(shape: torch.Size, state: _Exact | _Shared) -> Tensor:
         state.remove(gone.reshape(shape), alive)
         removed += count
     rest = alive.flatten().nonzero().flatten()
-    ranks.view(-1)[rest] = removed + ranked(state.w.square().flatten()[rest])
+    ranks.view(-1)[rest] = removed + ranked(state.saliency(alive).flatten()[rest])
     return ranks
 
 

@@ -188,7 +188,7 @@ class LayerDatabase:
             entry = self._solved(layer, h, choice)
             stored = _stored(entry, layer, choice)
             self._errors[layer.name, choice] = self.error(layer, stored)
-            self._write(key, {**entry, "error": torch.tensor([self._errors[layer.name, choice]]).double()})
+            self._write(key, {**entry, "error": torch.tensor([self._errors[layer.name, choice]], dtype=torch.float64)})
         return stored
 
     def error(self, layer: Layer, stored: Stored) -> float:
