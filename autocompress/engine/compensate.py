@@ -24,7 +24,9 @@ from autocompress.stored import round_to_half
 
 REMOVED_PER_ROUND = 0.05
 """Share of the remaining weights that goes between two updates of the others."""
-REMOVED_PER_SHARED_ROUND = 0.1
+REMOVED_PER_SHARED_ROUND = 0.1, 0.3
+"""The same with one inverse for all rows, up to and beyond `SHARED_SIZE` rows * d * d, where a round takes long."""
+SHARED_SIZE = 2 * 10**9
 MOST_ZEROS = 0.97
 EXACT_BYTES = 2**29
 """Layers whose row-wise inverses of H take more are pruned with one inverse that all rows share."""
@@ -126,7 +128,8 @@ class _Shared:
 
     def __init__(self, weight: Tensor, h: Tensor) -> None:
         self.h = h.float() if h.ndim == 3 else h.float().unsqueeze(0)
-        self.dense, self.share = weight.float(), REMOVED_PER_SHARED_ROUND
+        self.dense = weight.float()
+        self.share = REMOVED_PER_SHARED_ROUND[weight.numel() * weight.shape[1] > SHARED_SIZE]
         self.w = self.dense
 
     def saliency(self, alive: Tensor) -> Tensor:

@@ -236,6 +236,7 @@ def in_another_process(folder: Path) -> list[Tensor]:
     return parts(fresh(folder).solve(CONV, LayerChoice(3, 0.5)))
 
 
+@pytest.mark.slow
 def test_processes_share_the_folder(tmp_path: Path, solved: list[str]) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         one, two = pool.map(in_another_process, [tmp_path] * 2)
