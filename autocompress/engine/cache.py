@@ -97,7 +97,7 @@ class Cache:
     def _sweep(self) -> None:
         """Remove the files that were used longest ago, until the rest leaves room for what comes before the next."""
         found = []
-        for path in self._folder.glob("*.safetensors"):
+        for path in self._folder.iterdir():  # what a killed process left half written, too
             with contextlib.suppress(OSError):  # another process may have removed it
                 status = path.stat()
                 found.append((status.st_mtime_ns, status.st_size, path))
