@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocompress.engine.database import LayerDatabase, moments
+from autocompress.engine.cache import Cache
+from autocompress.engine.database import LayerDatabase, remembered_moments
 from autocompress.engine.finetune import Constraint, Hints, train
 from autocompress.engine.prune import Importance, magnitude_mask, remove_channels
 from autocompress.engine.quantize import Grid, quantise
@@ -123,9 +124,9 @@ class Workbench:
 
     @cached_property
     def database(self) -> LayerDatabase:
-        """Layer solutions; the pass that gathers their statistics runs on first use."""
-        batches = self._calibration(DATABASE_INPUTS)
-        return LayerDatabase(self.state, moments(self.teacher, self.graph, batches, self.seed))
+        """Layer solutions; the pass that gathers their statistics runs on first use, unless a run before did it."""
+        batches, cache = self._calibration(DATABASE_INPUTS), Cache()
+        return LayerDatabase(self.state, remembered_moments(cache, self.teacher, self.graph, batches, self.seed), cache)
 
     def compensates(self, layer: Layer, channels: tuple[Any, ...], solver: Solver) -> bool:
         """Whether this layer's solution comes from the database."""

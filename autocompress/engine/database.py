@@ -1,322 +1,326 @@
-"""Layer solutions against calibration statistics: found once, reused by every candidate.
+"""Layer solutions against calibration statistics: found once, reused by every candidate and by later runs.
 
-For each layer one matrix H = sum of x x^T over what the layer sees. For each (zeros, bits) the weight that changes the
-layer's outputs least: pruned in the order of saliency, re-fitted by least squares, rounded with error feedback, and
-improved by coordinate descent on its grid. A solution is a function of weight, H and choice alone. Chooses no levels.
+For each (zeros, bits) of a layer the weight that changes the layer's outputs least, given what it sees, and how much
+it loses. A solution is a function of weight, statistics and choice alone, so it is kept on disk under the digest of
+these. Chooses no levels.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from math import prod
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autocompress.engine.cache import Cache, digest
+from autocompress.engine.compensate import Factor, factorise, ranked, refit_scale, removal_order, solve, times
+from autocompress.engine.moments import moments
 from autocompress.engine.prune import magnitude_mask
 from autocompress.engine.quantize import Grid, fit_grid, quantise
 from autocompress.graph import Graph, Layer
 from autocompress.policy import LayerChoice
 from autocompress.stored import Full, Half, Quantised, Stored, round_to_half
-from autocompress.task import Batch, call, first_input, to_device
+from autocompress.task import Batch
 
-COLUMNS_PER_INPUT = 300
-"""Output positions that are sampled for each row of H: many times its rank."""
-DAMPING = 0.01
-"""Share of the mean diagonal that is added to H (GPTQ, 2210.17323, section 3.3)."""
-REMOVED_PER_ROUND = 0.1
-"""Share of the remaining weights that goes between two updates of the others."""
-MOST_ZEROS = 0.97
-EXACT_BYTES = 2**30
-"""Layers whose row-wise inverses of H take more are pruned with the one inverse that all rows share."""
-BLOCK = 64
-SWEEPS = 3
-RELAXATIONS = 8
-"""Sweeps of coordinate descent that stand for least squares where the exact systems are too large."""
+VERSION = 1
+"""Raise when statistics, orders or solutions change, so that older ones on disk are not read."""
+FACTOR_BYTES = 256 * 2**20
+"""Factors of H that stay in memory for the next level of the same layers."""
+ROWWISE_BYTES = 16 * 2**20
+"""Groups are solved at once if a coupling for each of their rows takes no more, else one after the other."""
+REFITS = 3
+"""Rounds of scale and codes for rows whose weights are independent."""
+
+Entry = Mapping[str, Tensor]
 
 
-# --- statistics -----------------------------------------------------------------------------------------
+# --- statistics on disk ---------------------------------------------------------------------------------
 
 
-def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """What the rows of a weight are multiplied with, a column per output position: (groups, row length, columns)."""
-    if isinstance(module, nn.Linear):
-        return x.reshape(-1, x.shape[-1]).T.unsqueeze(0)
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode=_PADDING[module.padding_mode])
-    kernel, stride, dilation = tuple(module.kernel_size), tuple(module.stride), tuple(module.dilation)
-    if x.ndim == 3:  # one dimension is two with a height of one
-        x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)
-    columns = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (n, channels * kernel, positions)
-    return columns.transpose(0, 1).reshape(module.groups, columns.shape[1] // module.groups, -1)
+def remembered_moments(
+    cache: Cache, model: nn.Module, graph: Graph, batches: Sequence[Batch], seed: int
+) -> dict[str, Tensor]:
+    """`moments` in single precision, from the cache if this model has seen these batches before."""
+    inputs = _leaves([batch.inputs for batch in batches])
+    key = digest(VERSION, seed, graph.layers, _code(model), *_leaves(model.state_dict()), *inputs)
+    keys = {layer.name: f"moments-{digest(key, layer.name)}" for layer in graph.layers}
+    entries = {layer.name: _statistics(cache, keys[layer.name], layer) for layer in graph.layers}
+    if None not in entries.values():
+        return {name: h for name, h in entries.items() if h is not None and h.numel()}
+    found = {name: h.float() for name, h in moments(model, graph, batches, seed).items()}
+    for name, entry in keys.items():  # an empty one says that the model never calls this layer
+        cache.write(entry, {"h": found.get(name, torch.zeros(0))})
+    return found
 
 
-_PADDING = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+def _leaves(value: object) -> list[object]:
+    """Every tensor, number and text in a state dict or a batch's inputs."""
+    if isinstance(value, Mapping):
+        return [part for name in value for part in (str(name), *_leaves(value[name]))]
+    if isinstance(value, tuple | list):
+        return [part for item in value for part in _leaves(item)]
+    return [value] if isinstance(value, Tensor | str | int | float) else []
 
 
-def solvable(layer: Layer) -> bool:
-    """Whether H says anything about this layer: an embedding's rows are independent, 3-D patches are not unfolded."""
-    return layer.kind in ("conv1d", "conv2d", "linear")
+def _code(model: nn.Module) -> list[str]:
+    """What a model does beside its tensors: its structure and the source of its modules, where there is any."""
+    found = [repr(model)]
+    for kind in sorted({type(module) for module in model.modules()}, key=lambda kind: kind.__qualname__):
+        with contextlib.suppress(OSError, TypeError):
+            found.append(inspect.getsource(kind))
+    return found
 
 
-def moments(model: nn.Module, graph: Graph, batches: Iterable[Batch], seed: int) -> dict[str, Tensor]:
-    """H of every solvable layer that the model calls: (groups, d, d) float64, damped.
-
-    A random sample of positions stands for all of them, scaled to their number.
-    """
-    found: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
-    handles = []
-    batches = list(batches)
-
-    def recorder(name: str) -> Any:
-        def record(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            columns = patches(module, first_input(given, named).detach().float())
-            total = columns.shape[2]
-            limit = COLUMNS_PER_INPUT * columns.shape[1] // len(batches) + 1
-            if total > limit:
-                columns = columns[:, :, torch.randint(0, total, (limit,), generator=generator).to(columns.device)]
-            product = (columns @ columns.transpose(1, 2)).double().cpu() * (total / columns.shape[2])
-            found[name] = found[name] + product if name in found else product
-
-        return record
-
-    for layer in graph.layers:
-        if solvable(layer):
-            handles.append(
-                model.get_submodule(layer.name).register_forward_pre_hook(recorder(layer.name), with_kwargs=True)
-            )
-    try:
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            for batch in batches:
-                call(model, to_device(batch.inputs, device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: _damped(value) for name, value in found.items()}
+def _statistics(cache: Cache, key: str, layer: Layer) -> Tensor | None:
+    """The layer's statistics under `key`, empty if it is known to have none."""
+    entry = cache.read(key)
+    if entry is None:
+        return None
+    d = prod(layer.shape[1:])
+    shape = layer.shape[:1] if layer.kind == "embedding" else (layer.groups, d, d)
+    h = entry.get("h")
+    if h is not None and h.dtype == torch.float32 and tuple(h.shape) in ((0,), shape):
+        return h
+    cache.refuse(key, "it holds no statistics of this layer")
+    return None
 
 
-def _damped(h: Tensor) -> Tensor:
-    diagonal = h.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(dim=1, keepdim=True).clamp_min(1e-12)
-    return h + torch.diag_embed(torch.ones_like(diagonal) * mean * DAMPING)
-
-
-# --- which weights go, and what the others become --------------------------------------------------------
-
-
-def removal_order(weight: Tensor, h: Tensor) -> Tensor:
-    """Ranks (out, d): 0 is the first weight to go. `h` (d, d).
-
-    Rounds of the optimal brain surgeon (Hassibi and Stork 1993; rows as in Optimal Brain Compression, 2208.11580,
-    section 4): the least w^2 / [H^-1]_pp of the whole layer go, and the rest of each row makes up for them.
-    """
-    rows, d = weight.shape
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    w = weight.double().clone()
-    if not _exact(rows, d):
-        return _ranks((w.square() / inverse.diagonal()).flatten()).reshape(rows, d)
-    inverses = inverse.expand(rows, d, d).clone()
-    alive = torch.ones(rows, d, dtype=torch.bool)
-    ranks = torch.full((rows, d), rows * d, dtype=torch.long)
-    removed, last = 0, int(rows * d * MOST_ZEROS)
-    while removed < last:
-        count = min(last - removed, int(REMOVED_PER_ROUND * (rows * d - removed)) + 1)
-        saliency = w.square() / inverses.diagonal(dim1=1, dim2=2).clamp_min(1e-300)
-        saliency = torch.where(alive, saliency, torch.inf)
-        order = saliency.flatten().argsort(stable=True)[:count]
-        ranks.view(-1)[order] = torch.arange(removed, removed + count)
-        gone = torch.zeros(rows * d, dtype=torch.bool)
-        gone[order] = True
-        _remove(w, inverses, gone.reshape(rows, d))
-        alive &= ~gone.reshape(rows, d)
-        removed += count
-    rest = alive.flatten().nonzero().flatten()
-    ranks.view(-1)[rest] = removed + _ranks(w.square().flatten()[rest])
-    return ranks
-
-
-def _exact(rows: int, d: int) -> bool:
-    return rows * d * d * 8 <= EXACT_BYTES
-
-
-def _ranks(values: Tensor) -> Tensor:
-    ranks = torch.empty(values.numel(), dtype=torch.long)
-    ranks[values.argsort(stable=True)] = torch.arange(values.numel())
-    return ranks
-
-
-def _remove(w: Tensor, inverses: Tensor, gone: Tensor) -> None:
-    """Zero the weights that are `gone` and let each row's others follow; in place, all rows at once.
-
-    w -= G S^-1 w_P and H^-1 -= G S^-1 G^T with G the columns P of H^-1 and S its block (P, P). Rows lose different
-    numbers of weights; shorter ones are filled up with an identity block that changes nothing.
-    """
-    rows, d = w.shape
-    counts = gone.sum(dim=1)
-    most = int(counts.max())
-    index = gone.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # (rows, most)
-    real = torch.arange(most) < counts[:, None]
-    columns = inverses.gather(2, index[:, None, :].expand(rows, d, most)) * real[:, None, :]
-    block = columns.gather(1, index[:, :, None].expand(rows, most, most)) * real[:, :, None]
-    factor = torch.linalg.cholesky(block + torch.diag_embed((~real).double()))
-    half = torch.linalg.solve_triangular(factor, columns.transpose(1, 2), upper=False)  # (rows, most, d)
-    own = torch.linalg.solve_triangular(factor, (w.gather(1, index) * real).unsqueeze(-1), upper=False)
-    w -= (half.transpose(1, 2) @ own).squeeze(-1)
-    inverses.baddbmm_(half.transpose(1, 2), half, alpha=-1)
-    w[gone] = 0.0
-
-
-def least_squares(weight: Tensor, h: Tensor, mask: Tensor) -> Tensor:
-    """The weight on `mask` whose outputs are nearest to those of `weight`, each row for itself (float64)."""
-    on = mask.double()
-    system = h * on[:, :, None] * on[:, None, :] + torch.diag_embed(1 - on)
-    wanted = (weight.double() @ h) * on
-    return torch.cholesky_solve(wanted.unsqueeze(-1), torch.linalg.cholesky(system)).squeeze(-1) * on
-
-
-# --- rounding -------------------------------------------------------------------------------------------
-
-
-def with_feedback(weight: Tensor, h: Tensor, mask: Tensor, grid: Grid | None) -> Tensor:
-    """Weights (out, d) on `grid` and `mask`: columns settle one by one, the rest takes over each error.
-
-    GPTQ, 2210.17323, algorithm 1, columns in falling order of H's diagonal; without a grid weights only go to zero
-    (SparseGPT, 2301.00774, section 3).
-    """
-    order = h.diagonal().argsort(descending=True, stable=True)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
-    w, on = weight.float()[:, order].clone(), mask[:, order]
-    settled = torch.empty_like(w)
-    for start in range(0, w.shape[1], BLOCK):
-        stop = min(w.shape[1], start + BLOCK)
-        errors = torch.empty(len(w), stop - start)
-        for j in range(start, stop):
-            value = w[:, j] if grid is None else grid.decode(grid.encode(w[:, j]))
-            settled[:, j] = torch.where(on[:, j], value, 0.0)
-            errors[:, j - start] = (w[:, j] - settled[:, j]) / upper[j, j]
-            w[:, j + 1 : stop] -= errors[:, j - start, None] * upper[j, j + 1 : stop]
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
-    result = torch.empty_like(settled)
-    result[:, order] = settled
-    return result
-
-
-def descend(codes: Tensor, weight: Tensor, h: Tensor, mask: Tensor, grid: Grid) -> Tensor:
-    """One sweep of coordinate descent on the grid: each weight in turn becomes the best code given all others."""
-    values = _sweep(grid.decode(codes), weight, h, mask, lambda column: grid.decode(grid.encode(column)))
-    return torch.where(mask, grid.encode(values), grid.zero[:, None])
-
-
-def _sweep(values: Tensor, weight: Tensor, h: Tensor, mask: Tensor, settle: Callable[[Tensor], Tensor]) -> Tensor:
-    """Each column in turn goes where the H error of its row is least, then where `settle` lets it."""
-    metric, diagonal = h.float(), h.diagonal().float()
-    values = values.clone()
-    slope = (values - weight.float()) @ metric
-    for start in range(0, values.shape[1], BLOCK):
-        stop = min(values.shape[1], start + BLOCK)
-        inside = slope[:, start:stop].clone()
-        moves = torch.empty(len(values), stop - start)
-        for j in range(start, stop):
-            best = settle(values[:, j] - inside[:, j - start] / diagonal[j])
-            best = torch.where(mask[:, j], best, 0.0)
-            moves[:, j - start] = best - values[:, j]
-            values[:, j] = best
-            inside += moves[:, j - start, None] * metric[j, start:stop]
-        slope += moves @ metric[start:stop]
-    return values
-
-
-def refit_scale(codes: Tensor, weight: Tensor, h: Tensor, grid: Grid) -> Grid:
-    """The grid whose scale per row fits `weight` best with these codes: <u, w>_H / <u, u>_H."""
-    u = codes - grid.zero[:, None]
-    along = u @ h.float()
-    power = (along * u).sum(dim=1)
-    fitted = (along * weight.float()).sum(dim=1) / power
-    return replace(grid, scale=round_to_half(torch.where(power > 0, fitted, grid.scale)))
-
-
-def solve(weight: Tensor, h: Tensor, mask: Tensor, choice: LayerChoice) -> tuple[Tensor, Grid | None]:
-    """Codes and grid below 16 bits, else values and None, for one group's rows `weight` (out, d)."""
-    if bool(mask.all()):
-        fitted = weight.double()
-    elif _exact(*weight.shape):
-        fitted = least_squares(weight, h, mask)
-    else:
-        values = with_feedback(weight, h, mask, None)
-        for _ in range(RELAXATIONS):
-            values = _sweep(values, weight, h, mask, lambda column: column)
-        fitted = values.double()
-    if choice.bits >= 16:
-        return fitted.float(), None
-    importance = h.diagonal().float()
-    grid = fit_grid(fitted.float(), choice.bits, symmetric=choice.scheme == "symmetric", importance=importance)
-    codes = grid.encode(with_feedback(fitted, h, mask, grid))
-    for _ in range(SWEEPS):
-        grid = refit_scale(codes, weight, h, grid)
-        codes = descend(codes, weight, h, mask, grid)
-    return codes, grid
-
-
-def _normalised(item: tuple[str, Tensor]) -> tuple[str, Tensor | None]:
+def _normalised(name: str, h: Tensor) -> Tensor | None:
     """H scaled to a mean diagonal of 1, which changes no solution; None, with a warning, where it is of no use."""
-    name, h = item
-    scaled = h / h.diagonal(dim1=1, dim2=2).mean()
-    if bool(torch.isfinite(scaled).all()) and bool((torch.linalg.cholesky_ex(scaled).info == 0).all()):
-        return name, scaled
+    scaled = (h.double() / (h if h.ndim == 1 else h.diagonal(dim1=1, dim2=2)).double().mean()).float()
+    usable = bool(torch.isfinite(scaled).all())
+    if usable and h.ndim == 1:
+        usable = bool((scaled > 0).all())
+    elif usable:
+        usable = bool((torch.linalg.cholesky_ex(scaled.double()).info == 0).all())
+    if usable:
+        return scaled
     warnings.warn(f"layer {name} is rounded to nearest: what it sees in calibration is not usable", stacklevel=2)
-    return name, None
+    return None
+
+
+# --- solutions on disk ----------------------------------------------------------------------------------
+
+
+def _entry(values: Tensor, grid: Grid | None, mask: Tensor, choice: LayerChoice) -> dict[str, Tensor]:
+    """Plain tensors of a solution whose `values` are codes if there is a grid."""
+    packed = torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
+    if grid is None:
+        return {"values": round_to_half(values) if choice.bits == 16 else values, "mask": packed}
+    scale = round_to_half(grid.scale)
+    return {"codes": values.to(torch.uint8), "scale": scale, "zero": grid.zero.to(torch.uint8), "mask": packed}
+
+
+def _stored(entry: Entry, layer: Layer, choice: LayerChoice) -> Stored:
+    """The solution that an entry holds. Raises `ValueError` if it is not one of this layer and choice."""
+    count = prod(layer.shape)
+    bits = _checked(entry, "mask", torch.uint8, ((count + 7) // 8,))
+    flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).bool()
+    if int(flat.sum()) != count - choice.zeros(count):
+        raise ValueError("its mask has another number of zeros")
+    mask = None if choice.zeros(count) == 0 else flat.reshape(layer.shape)
+    if choice.bits >= 16:
+        values = _checked(entry, "values", torch.float32, layer.shape)
+        if mask is not None and bool(values[~mask].any()):
+            raise ValueError("pruned weights are not zero")
+        return Half(values, mask) if choice.bits == 16 else Full(values, mask)
+    codes = _checked(entry, "codes", torch.uint8, layer.shape)
+    scale = _checked(entry, "scale", torch.float32, layer.shape[:1])
+    zero = _checked(entry, "zero", torch.uint8, layer.shape[:1])
+    symmetric = choice.scheme == "symmetric" or choice.bits == 1
+    top = max(2, 2**choice.bits - 1)  # one bit is a sign, and 1 between its codes 0 and 2 is zero
+    if int(codes.max()) > top or int(zero.max()) > top:
+        raise ValueError(f"codes or zero points are beyond {choice.bits} bits")
+    if symmetric and bool((zero != 2 ** (choice.bits - 1)).any()):
+        raise ValueError("a symmetric grid has its zero elsewhere")
+    if mask is not None and bool((codes != zero.reshape(-1, *[1] * (codes.ndim - 1)))[~mask].any()):
+        raise ValueError("pruned weights are not zero")
+    return Quantised(codes, scale, zero, choice.bits, symmetric, mask).with_length()
+
+
+def _checked(entry: Entry, name: str, kind: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    value = entry.get(name)
+    if value is None or value.dtype != kind or tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} is not {kind} of shape {tuple(shape)}")
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} is not finite")
+    return value
+
+
+# --- layers ---------------------------------------------------------------------------------------------
 
 
 class LayerDatabase:
     """Solutions of one model's layers, each found on first use."""
 
-    def __init__(self, state: Mapping[str, Tensor], h: Mapping[str, Tensor]) -> None:
+    def __init__(self, state: Mapping[str, Tensor], h: Mapping[str, Tensor], cache: Cache | None = None) -> None:
         """`h` as `moments` gives it; layers without a usable one are rounded to nearest."""
-        self._state, self._h = state, {name: value for name, value in map(_normalised, h.items()) if value is not None}
+        self._state, self._given, self._cache = state, h, cache
+        self._h: dict[str, Tensor | None] = {}
+        self._keys: dict[str, str] = {}
         self._ranks: dict[str, Tensor] = {}
+        self._factors: OrderedDict[tuple[str, int], Factor] = OrderedDict()
+        self._errors: dict[tuple[str, LayerChoice], float] = {}
+        self._powers: dict[str, float] = {}
 
     def knows(self, layer: Layer) -> bool:
-        """Whether there are statistics for this layer."""
-        return layer.name in self._h
+        """Whether there are usable statistics for this layer."""
+        return self._statistics(layer) is not None
 
     def solve(self, layer: Layer, choice: LayerChoice) -> Stored:
         """The layer's weight under `choice`."""
-        weight = self._state[layer.weight]
-        if not self.knows(layer):
-            return quantise(weight, choice, magnitude_mask(weight, choice.zeros(weight.numel())))
-        rows = weight.flatten(1)
-        mask = self._mask(layer, rows, choice.zeros(weight.numel()))
-        size = len(rows) // layer.groups
+        weight, h = self._state[layer.weight], self._statistics(layer)
+        count = choice.zeros(weight.numel())
+        if h is None or (choice.bits >= 16 and not count):
+            return quantise(weight, choice, magnitude_mask(weight, count))
+        if h.ndim == 1:
+            return _by_frequency(layer, weight, h, choice)
+        key = f"level-{digest(self._key(layer), choice)}"
+        stored = self._read(key, layer, choice)
+        if stored is None:
+            entry = self._solved(layer, h, choice)
+            stored = _stored(entry, layer, choice)
+            self._errors[layer.name, choice] = self.error(layer, stored)
+            self._write(key, {**entry, "error": torch.tensor([self._errors[layer.name, choice]], dtype=torch.float64)})
+        return stored
+
+    def error(self, layer: Layer, stored: Stored) -> float:
+        """Share of the layer's outputs on calibration data that `stored` loses: tr(E H E^T) / tr(W H W^T).
+
+        E is its difference from the dense weight W. Rows of an embedding count as often as they are looked up; without
+        statistics all weights count alike. 0 for a weight that is all zeros.
+        """
+        weight = self._state[layer.weight].float()
+        if layer.name not in self._powers:
+            self._powers[layer.name] = self._power(layer, weight)
+        power = self._powers[layer.name]
+        return self._power(layer, stored.dense() - weight) / power if power > 0 else 0.0
+
+    def error_of(self, layer: Layer, choice: LayerChoice) -> float:
+        """`error` of `solve(layer, choice)`, remembered with the solution."""
+        if (layer.name, choice) not in self._errors:
+            stored = self.solve(layer, choice)
+            if (layer.name, choice) not in self._errors:
+                self._errors[layer.name, choice] = self.error(layer, stored)
+        return self._errors[layer.name, choice]
+
+    def _power(self, layer: Layer, weight: Tensor) -> float:
+        """tr(W H W^T), in single precision but for the last sum."""
+        h, rows = self._statistics(layer), weight.flatten(1)
+        if h is None:
+            return float(rows.square().sum(dtype=torch.float64))
+        if h.ndim == 1:
+            return float((rows.square() * h[:, None]).sum(dtype=torch.float64))
+        return max(0.0, float((times(rows, h) * rows).sum(dtype=torch.float64)))
+
+    def _statistics(self, layer: Layer) -> Tensor | None:
+        """Normalised H (groups, d, d) float32, an embedding's frequencies (rows,), or None."""
+        if layer.name not in self._h:
+            given = self._given.get(layer.name)
+            self._h[layer.name] = None if given is None else _normalised(layer.name, given)
+        return self._h[layer.name]
+
+    def _solved(self, layer: Layer, h: Tensor, choice: LayerChoice) -> dict[str, Tensor]:
+        rows = self._state[layer.weight].flatten(1).float()
+        mask = self._mask(layer, rows, h, choice.zeros(rows.numel()))
+        at_once = 1 if 4 * rows.numel() * rows.shape[1] <= ROWWISE_BYTES else layer.groups
         parts = [
-            solve(rows[g * size : (g + 1) * size], self._h[layer.name][g], mask[g * size : (g + 1) * size], choice)
-            for g in range(layer.groups)
+            solve(some, _matrix(part), on, choice, self._factor(layer, index, part) if choice.bits < 16 else None)
+            for index, (some, part, on) in enumerate(
+                zip(rows.chunk(at_once), h.chunk(at_once), mask.chunk(at_once), strict=True)
+            )
         ]
-        kept = None if bool(mask.all()) else mask.reshape(weight.shape)
-        values = torch.cat([part for part, _ in parts]).reshape(weight.shape)
+        values = torch.cat([part for part, _ in parts]).reshape(layer.shape)
         grids = [grid for _, grid in parts if grid is not None]
         if not grids:
-            return Half(round_to_half(values), kept) if choice.bits == 16 else Full(values, kept)
-        scale = round_to_half(torch.cat([grid.scale for grid in grids]))
-        zero = torch.cat([grid.zero for grid in grids]).to(torch.uint8)
-        return Quantised(values.to(torch.uint8), scale, zero, choice.bits, grids[0].symmetric, kept).with_length()
+            return _entry(values, None, mask, choice)
+        scale, zero = torch.cat([grid.scale for grid in grids]), torch.cat([grid.zero for grid in grids])
+        return _entry(values, replace(grids[0], scale=scale, zero=zero), mask, choice)
 
-    def _mask(self, layer: Layer, rows: Tensor, zeros: int) -> Tensor:
+    def _factor(self, layer: Layer, index: int, h: Tensor) -> Factor:
+        key = layer.name, index
+        if key not in self._factors:
+            self._factors[key] = factorise(_matrix(h))
+            while sum(4 * f.lower.numel() for f in self._factors.values()) > FACTOR_BYTES and len(self._factors) > 1:
+                self._factors.popitem(last=False)
+        self._factors.move_to_end(key)
+        return self._factors[key]
+
+    def _mask(self, layer: Layer, rows: Tensor, h: Tensor, zeros: int) -> Tensor:
         if zeros == 0:
             return torch.ones_like(rows, dtype=torch.bool)
         if layer.name not in self._ranks:
-            self._ranks[layer.name] = self._order(layer, rows)
+            self._ranks[layer.name] = self._order(layer, rows, h)
         return self._ranks[layer.name] >= zeros
 
-    def _order(self, layer: Layer, rows: Tensor) -> Tensor:
-        h = self._h[layer.name]
-        if layer.groups == 1:
-            return removal_order(rows, h[0])
-        inverse = torch.linalg.inv(h).diagonal(dim1=1, dim2=2)  # (groups, d)
-        saliency = rows.double().square() / inverse.repeat_interleave(len(rows) // layer.groups, dim=0)
-        return _ranks(saliency.flatten()).reshape(rows.shape)
+    def _order(self, layer: Layer, rows: Tensor, h: Tensor) -> Tensor:
+        key = f"order-{self._key(layer)}"
+        entry = None if self._cache is None else self._cache.read(key)
+        if entry is not None and self._cache is not None:
+            ranks = entry.get("ranks")
+            if ranks is not None and ranks.dtype == torch.int32 and ranks.shape == rows.shape and _is_order(ranks):
+                return ranks
+            self._cache.refuse(key, "it is no order of this layer's weights")
+        ranks = removal_order(rows, _matrix(h)).int()
+        self._write(key, {"ranks": ranks})
+        return ranks
+
+    def _key(self, layer: Layer) -> str:
+        """Stands for all that decides this layer's order and, with the choice, its solutions."""
+        if layer.name not in self._keys:
+            weight = self._state[layer.weight]
+            self._keys[layer.name] = digest(VERSION, weight, self._statistics(layer), layer.groups, layer.kind)
+        return self._keys[layer.name]
+
+    def _read(self, key: str, layer: Layer, choice: LayerChoice) -> Stored | None:
+        entry = None if self._cache is None else self._cache.read(key)
+        if entry is None or self._cache is None:
+            return None
+        try:
+            stored = _stored(entry, layer, choice)
+            self._errors[layer.name, choice] = float(_checked(entry, "error", torch.float64, (1,)))
+        except ValueError as error:
+            self._cache.refuse(key, str(error))
+            return None
+        return stored
+
+    def _write(self, key: str, entry: Entry) -> None:
+        if self._cache is not None:
+            self._cache.write(key, entry)
+
+
+def _matrix(h: Tensor) -> Tensor:
+    """H (d, d) of a single group, else (groups, d, d)."""
+    return h[0] if len(h) == 1 else h
+
+
+def _is_order(ranks: Tensor) -> bool:
+    flat = ranks.flatten().long()
+    inside = int(flat.min()) >= 0 and int(flat.max()) < flat.numel()
+    return inside and bool((flat.bincount(minlength=flat.numel()) == 1).all())
+
+
+def _by_frequency(layer: Layer, weight: Tensor, frequency: Tensor, choice: LayerChoice) -> Stored:
+    """An embedding: what a row loses counts as often as it is looked up (rows,), and no other can make up for it.
+
+    The least frequency * w^2 go. One row has one grid, so frequencies do not matter for it: scale and codes in turn.
+    """
+    mask, zeros = torch.ones_like(weight, dtype=torch.bool), choice.zeros(weight.numel())
+    if zeros:
+        mask = ranked((weight.double().square() * frequency[:, None]).flatten()).reshape(weight.shape) >= zeros
+    if choice.bits >= 16:
+        return quantise(weight, choice, mask if zeros else None)
+    kept = weight.float() * mask
+    grid = fit_grid(kept, choice.bits, symmetric=choice.scheme == "symmetric")
+    for _ in range(REFITS):
+        codes = torch.where(mask, grid.encode(kept), grid.zero[:, None])
+        grid = refit_scale(codes, kept, None, grid)
+    codes = torch.where(mask, grid.encode(kept), grid.zero[:, None])
+    return _stored(_entry(codes, grid, mask, choice), layer, choice)

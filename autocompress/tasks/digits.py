@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from autocompress.files import write
+from autocompress.files import cache_folder, write
 from autocompress.task import ClassificationTask
 
 SEED = 0
@@ -103,12 +100,6 @@ def trained() -> nn.Module:
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the search
             write(path, save(model.state_dict()))
     return model.eval()
-
-
-def cache_folder() -> Path:
-    """`$AUTOCOMPRESS_CACHE`, or the user's cache folder."""
-    given = os.environ.get("AUTOCOMPRESS_CACHE")
-    return Path(given) if given else user_cache_path("autocompress")
 
 
 def _train(model: nn.Module) -> None:
