@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
-from autocompress.artifact.layout import Header, file_bytes
+from autocompress.artifact.layout import Header, file_bytes, weight_entry
 from autocompress.artifact.packed import Artifact, build, pack, read
 from autocompress.engine import Compressed, Progress, Workbench, compress
 from autocompress.errors import PolicyError
 from autocompress.files import write
+from autocompress.graph import Layer
 from autocompress.measure.latency import LatencyMeter
-from autocompress.measure.quality import QualityMeter
+from autocompress.measure.quality import QualityMeter, screening
 from autocompress.measure.size import Size
-from autocompress.policy import Policy
+from autocompress.policy import LayerChoice, Policy, Solver
+from autocompress.profile import Level
+from autocompress.stored import Quantised
 from autocompress.task import Task
 from autocompress.trial import Evaluation, Measurement
 
-Evaluate = Callable[[Policy, int, Path | None], Evaluation]
-"""(policy, rung, where to keep the artifact) -> evaluation: what a runner runs, and what tests fake."""
+
+class Job(NamedTuple):
+    """A policy, its rung, where to keep its artifact, and whether to score it on a part of `val` only."""
+
+    policy: Policy
+    rung: int
+    keep: Path | None = None
+    screen: bool = False
+
+
+Evaluate = Callable[[Job], Evaluation]
+"""What a runner runs, and what tests fake."""
 
 
 class Evaluator:
@@ -35,6 +50,7 @@ class Evaluator:
         self.graph = self.bench.graph
         self.size = Size(self.graph, task.name, task.metric)
         self.quality = QualityMeter(task, self.bench.teacher)
+        self.screen = screening(task, self.bench.teacher)
         self.latency = LatencyMeter(self.bench.teacher, self.bench.example.inputs, dense_ms)
 
     @property
@@ -59,10 +75,35 @@ class Evaluator:
         """The header of the file that holds exactly these tensors."""
         return self.size.header(compressed.policy, compressed.coded_lengths())
 
+    @property
+    def screens(self) -> bool:
+        """Whether `val` is so large that candidates are first scored on a part of it."""
+        return self.screen is not None
+
+    def level(self, layer: Layer, choice: LayerChoice, solver: Solver) -> Level:
+        """One layer's solution under `choice`: bytes of its section, and the share of its outputs' power it loses."""
+        stored = self.bench.stored(layer, choice, self.bench.state[layer.weight], (), solver)
+        count = math.prod(layer.shape)
+        coded = stored.coded if isinstance(stored, Quantised) else None
+        entry = weight_entry(layer.weight, layer.shape, choice, count - choice.zeros(count), coded)
+        if solver == "database":
+            return Level(choice, entry.nbytes, self.bench.database.error_of(layer, choice))
+        return Level(choice, entry.nbytes, self.bench.database.error(layer, stored))
+
+    def loss(self, policy: Policy) -> float:
+        """The distance from the dense model's outputs, on what candidates are screened on."""
+        return (self.screen or self.quality)(self.build(policy)[1]).loss
+
     def __call__(
-        self, policy: Policy, rung: int = 0, keep: Path | None = None, progress: Progress | None = None
+        self,
+        policy: Policy,
+        rung: int = 0,
+        keep: Path | None = None,
+        progress: Progress | None = None,
+        *,
+        screen: bool = False,
     ) -> Evaluation:
-        """Build and measure `policy`. With `keep`, its artifact is written there.
+        """Build and measure `policy`, on a part of `val` if `screen`. With `keep`, its artifact is written there.
 
         A candidate that fails (training diverges, a value is not finite, anything it raises) is a `failed`
         evaluation with its traceback; a policy of another model raises `PolicyError`.
@@ -70,10 +111,18 @@ class Evaluator:
         start = time.perf_counter()
         try:
             compressed, model = self.build(policy, progress)
-            measured = self._measure(compressed, model)
+            measured = self._measure(compressed, model, self.screen if screen and self.screen else self.quality)
             if keep is not None:
                 write(keep, self.pack(compressed, measured.quality))
-            return Evaluation(policy, self.seed, rung, "ok", measured, seconds=time.perf_counter() - start)
+            return Evaluation(
+                policy,
+                self.seed,
+                rung,
+                "ok",
+                measured,
+                seconds=time.perf_counter() - start,
+                screened=screen and self.screens,
+            )
         except PolicyError:
             raise
         except Exception:
@@ -91,9 +140,9 @@ class Evaluator:
         compressed = compress(self.bench, policy, progress)
         return compressed, self.bench.realise(compressed)
 
-    def _measure(self, compressed: Compressed, model: nn.Module) -> Measurement:
+    def _measure(self, compressed: Compressed, model: nn.Module, meter: QualityMeter) -> Measurement:
         policy = compressed.policy
-        quality = self.quality(model)
+        quality = meter(model)
         latency = self.latency(model, self.graph.architecture(policy))
         size, macs = file_bytes(self.header(compressed)), self.graph.macs(policy)
         return Measurement(size, macs, quality.score, quality.loss, latency.ms)

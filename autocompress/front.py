@@ -87,21 +87,26 @@ def objectives(trial: Trial, direction: str, *, latency: bool) -> Point:
 
 
 def front_of(trials: Sequence[Trial], direction: str, *, latency: bool = False) -> list[Trial]:
-    """Non-dominated `ok` trials, smallest first."""
-    ok = [trial for trial in trials if trial.evaluation.status == "ok"]
+    """Non-dominated `scored` trials, smallest first."""
+    ok = scored(trials)
     chosen = non_dominated([objectives(trial, direction, latency=latency) for trial in ok])
     return sorted((ok[i] for i in chosen), key=lambda trial: (trial.measured.bytes, trial.number))
 
 
+def scored(trials: Sequence[Trial]) -> list[Trial]:
+    """`ok` trials that were scored on all of `val`; while there is none, those that were screened on a part of it."""
+    ok = [trial for trial in trials if trial.evaluation.status == "ok"]
+    return [trial for trial in ok if not trial.evaluation.screened] or ok
+
+
 def feasible(trials: Sequence[Trial], budget: Budget) -> list[Trial]:
-    """`ok` trials within every limit."""
-    return [t for t in trials if t.evaluation.status == "ok" and budget.excess(t.measured) <= 0]
+    """`scored` trials within every limit."""
+    return [t for t in scored(trials) if budget.excess(t.measured) <= 0]
 
 
 def nearest(trials: Sequence[Trial], budget: Budget) -> Trial | None:
     """The `ok` trial that misses the budget by the least share; of equals the smallest."""
-    ok = [trial for trial in trials if trial.evaluation.status == "ok"]
-    return min(ok, key=lambda t: (budget.excess(t.measured), t.measured.bytes, t.number), default=None)
+    return min(scored(trials), key=lambda t: (budget.excess(t.measured), t.measured.bytes, t.number), default=None)
 
 
 @dataclass(frozen=True, slots=True)

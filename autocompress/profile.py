@@ -23,6 +23,9 @@ VERSION = 1
 PROBED_ERROR = 0.03
 """Relative output error at which a layer is measured: well above the noise, and where tight budgets put layers."""
 
+BROKEN_LOSS = 100.0
+"""Stands for the loss of a model whose outputs are not finite."""
+
 
 @dataclass(frozen=True, slots=True)
 class Level:
@@ -156,10 +159,16 @@ def _sensitivity(measures: Measures, space: Space, layer: Layer, levels: Sequenc
     if not harmful:
         return 0.0
     probe = min(harmful, key=lambda level: abs(math.log(level.error / PROBED_ERROR)))
-    loss = measures.loss(space.only({layer.name: probe.choice}))
+    try:
+        loss = measures.loss(space.only({layer.name: probe.choice}))
+    except FloatingPointError:  # a model that breaks here is as sensitive as can be
+        loss = BROKEN_LOSS
     return max(loss, 1e-9) / probe.error
 
 
 def _group(measures: Measures, space: Space, name: str, ratios: Sequence[float]) -> GroupProfile:
     keep = ratios[len(ratios) // 2] if len(ratios) > 2 else ratios[0]
-    return GroupProfile(name, keep, max(0.0, measures.loss(space.only({}, {name: keep}))))
+    try:
+        return GroupProfile(name, keep, max(0.0, measures.loss(space.only({}, {name: keep}))))
+    except FloatingPointError:
+        return GroupProfile(name, keep, BROKEN_LOSS)

@@ -378,13 +378,20 @@ class Space:
             point["scheme"] = "symmetric"
         return self.decode(point)
 
+    def sparsest(self) -> Policy:
+        """`smallest` with most zeros and fewest bits in every layer: often shorter once it is entropy coded."""
+        smallest = self.smallest()
+        layers = {
+            n: replace(c, bits=int(self.bits[n][0]), sparsity=self.sparsity[n][0]) for n, c in smallest.layers.items()
+        }
+        return replace(smallest, layers=layers)
+
     def _cheapest(self, layer: Layer, shape: Shape) -> tuple[int, int]:
         """Indices of the bits and sparsity that store this weight in fewest bytes; the first of equals."""
 
         def size(pair: tuple[int, int]) -> int:
             choice = LayerChoice(int(self.bits[layer.name][pair[0]]), self.sparsity[layer.name][pair[1]])
-            count = prod(shape)
-            return weight_entry(layer.weight, shape, choice, count - choice.zeros(count)).nbytes
+            return section_bytes(layer, shape, choice)
 
         pairs = [(b, s) for b in range(len(self.bits[layer.name])) for s in range(len(self.sparsity[layer.name]))]
         return min(pairs, key=size)
@@ -419,6 +426,12 @@ class Space:
     def with_recovery(self, parent: Policy, point: Mapping[str, Value], epochs: int) -> Policy:
         """`parent` with `epochs` of the recovery training at `point`."""
         return replace(parent, recovery=self._recovery(self.encode(parent) | dict(point), epochs))
+
+
+def section_bytes(layer: Layer, shape: Shape, choice: LayerChoice) -> int:
+    """What a layer's weight takes in the file at most, when channel removal left it `shape`."""
+    count = prod(shape)
+    return weight_entry(layer.weight, shape, choice, count - choice.zeros(count)).nbytes
 
 
 def _worthwhile(layer: Layer, bits: Sequence[int]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import platform
 import re
 import resource
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -23,15 +24,17 @@ import torch
 from torch import Tensor
 
 from autocompress.controllers.base import Controller
-from autocompress.controllers.registry import make_controller
+from autocompress.controllers.optuna_samplers import Predict
+from autocompress.controllers.registry import make_controller, needs_profile
 from autocompress.errors import AutocompressError, NothingFits, RunError
-from autocompress.evaluate import Evaluator
-from autocompress.files import write
-from autocompress.front import Trial, Wish, feasible, front_of, pick
+from autocompress.evaluate import Evaluator, Job
+from autocompress.files import cache_folder, write
+from autocompress.front import Trial, Wish, feasible, front_of, non_dominated, pick
 from autocompress.journal import FILE, Journal
 from autocompress.measure.latency import RUNTIME
 from autocompress.policy import Policy
-from autocompress.runners.local import Job, LocalRunner, Runner
+from autocompress.profile import Profile, measure, profile_key
+from autocompress.runners.local import LocalRunner, Runner
 from autocompress.space import Space, SpaceFile, load_space
 from autocompress.task import Task, load_task
 from autocompress.trial import Budget, Evaluation, Limit, Measurement
@@ -41,6 +44,10 @@ MAX_ATTEMPTS = 2
 """How often a trial may take its process down before it is written off as failed."""
 PATIENCE = 200
 """Proposals in a row that need no evaluation (known or over budget) after which the space counts as exhausted."""
+PROMOTED_BEST = 6
+"""Screened policies of least loss that are scored on all of `val`."""
+TRAINING_ROOM = 0.01
+"""Share of a byte budget that recovery training's parents leave free, where the front has such members."""
 _OURS = re.compile(r"trial-\d+\.(acz|json)|\.trial-\d+\.(acz|json)\..*")
 """Files of a run folder that may be removed: finished ones, and temporary ones of `files.write`."""
 _PACKAGES = ("autocompress", "torch", "torch-pruning", "optuna", "numpy", "scikit-learn")
@@ -53,7 +60,7 @@ class Settings:
     task: str
     budgets: tuple[str, ...] = ()
     space: str = "default"
-    controller: str = "tpe"
+    controller: str = "solver"
     trials: int = 60
     epochs: int = 1
     seed: int = 0
@@ -137,10 +144,9 @@ class Study:
         self._trained = 0.0
         self._recovering = (0.0, 0, 0)  # when the training in flight began, members done, members in all
         self.trials = journal.trials()
-        self._known: dict[str, Trial] = {}
+        self._known: dict[tuple[str, bool], Trial] = {}
         for trial in self.trials:
-            if trial.evaluation.status == "ok":
-                self._known.setdefault(trial.evaluation.policy.key(), trial)
+            self._remember(trial)
         self._before: float = journal.fact("seconds") or 0.0
         self.warnings: list[str] = list(journal.fact("warnings") or ())
         controller.restore(trial.evaluation for trial in self.trials)
@@ -163,13 +169,7 @@ class Study:
 
     def evaluated(self, rung: int | None = None) -> int:
         """Trials that were really measured, failures included."""
-        return sum(
-            1
-            for t in self.trials
-            if t.evaluation.status != "infeasible"
-            and t.evaluation.copy_of is None
-            and (rung is None or t.evaluation.rung == rung)
-        )
+        return sum(1 for t in self.trials if _measured(t.evaluation) and (rung is None or t.evaluation.rung == rung))
 
     def front(self) -> list[Trial]:
         """Feasible non-dominated trials."""
@@ -203,6 +203,11 @@ class Study:
             )
         )
 
+    def _remember(self, trial: Trial) -> None:
+        evaluation = trial.evaluation
+        if evaluation.status == "ok":
+            self._known.setdefault((evaluation.policy.key(), evaluation.screened), trial)
+
     def _report(self, stage: str, done: int, total: int, since: float, before: int) -> None:
         pace = (time.monotonic() - since) / (done - before) if done > before else None
         left = None if pace is None else min(pace * (total - done), max(0.0, self._timeout - self.seconds))
@@ -214,8 +219,7 @@ class Study:
         self._journal.finish(number, evaluation, self.total_seconds)
         trial = Trial(number, evaluation)
         self.trials.append(trial)
-        if evaluation.status == "ok":
-            self._known.setdefault(evaluation.policy.key(), trial)
+        self._remember(trial)
         self._controller.tell(evaluation)
 
     def _excessive(self, policy: Policy) -> Measurement | None:
@@ -229,12 +233,12 @@ class Study:
             return None
         return predicted if static.excess(predicted) > 0 else None
 
-    def _needs_running(self, policy: Policy, rung: int) -> bool:
+    def _needs_running(self, policy: Policy, rung: int, *, screen: bool = False) -> bool:
         """Write that the trial starts; settle it here if it is over budget, known, or fatal to its process."""
         attempts = self._journal.begin(len(self.trials), policy, rung)
         seed = self.settings.seed
-        if policy.key() in self._known:
-            known = self._known[policy.key()]
+        if (policy.key(), screen) in self._known:
+            known = self._known[policy.key(), screen]
             self._settle(replace(known.evaluation, copy_of=known.number, seconds=0.0, rung=rung))
         elif attempts > MAX_ATTEMPTS:
             self._settle(
@@ -249,30 +253,74 @@ class Study:
     # --- rungs ---
 
     def one_shot(self) -> None:
-        """Rung 0: ask, evaluate, tell, until enough trials were evaluated, time is up or the space is exhausted."""
-        limit = self._timeout * (0.5 if self.settings.epochs else 1.0)
-        since, before, total = time.monotonic(), self.evaluated(0), self.settings.trials
+        """Rung 0: ask, evaluate, tell, until enough trials were evaluated, time is up or the space is exhausted.
+
+        Where `val` is large, on a part of it; `promote` then scores the best on all of it.
+        """
+        screen = self.evaluator.screens
+        limit = self._timeout * (0.5 if self.settings.epochs else 0.8 if screen else 1.0)
+        since, before, total = time.monotonic(), self._searched(), self.settings.trials
 
         def jobs() -> Iterator[Job]:
             idle = self._idle()
-            while self.evaluated(0) < total and self.seconds < limit and not self._stopped and idle < PATIENCE:
+            while self._searched() < total and self.seconds < limit and not self._stopped and idle < PATIENCE:
                 policy = self._controller.ask()
                 idle += 1
-                if self._needs_running(policy, 0):
+                if self._needs_running(policy, 0, screen=screen):
                     idle = 0
-                    yield policy, 0, None
+                    yield Job(policy, 0, None, screen)
             if idle >= PATIENCE:
-                self.warn(f"the search space is exhausted after {self.evaluated(0)} evaluations")
+                self.warn(f"the search space is exhausted after {self._searched()} evaluations")
 
         self._report("searching", before, total, since, before)
         for evaluation in self._runner.run(jobs()):
             self._settle(evaluation)
-            self._report("searching", self.evaluated(0), total, since, before)
+            self._report("searching", self._searched(), total, since, before)
+
+    def _searched(self) -> int:
+        """Candidates that the search has measured: promotions are not counted again."""
+        return sum(1 for t in self.trials if self._is_shot(t.evaluation) and _measured(t.evaluation))
+
+    def _is_shot(self, evaluation: Evaluation) -> bool:
+        """Whether the controller proposed it: failures and refusals cannot tell, and promotions hardly ever fail."""
+        return evaluation.rung == 0 and (evaluation.screened or not self.evaluator.screens or evaluation.status != "ok")
+
+    def promote(self) -> None:
+        """Score the best of what was screened on all of `val`: spread along the front, most of them near the budget.
+
+        Without this a search would pick what suits the screened part by chance.
+        """
+        chosen = self._promising()
+        since, total = time.monotonic(), len(chosen)
+
+        def jobs() -> Iterator[Job]:
+            for policy in chosen:
+                if self._needs_running(policy, 0):
+                    yield Job(policy, 0)
+
+        for done, evaluation in enumerate(self._runner.run(jobs()), 1):
+            self._settle(evaluation)
+            self._report("promoting", done, total, since, 0)
+
+    def _promising(self) -> list[Policy]:
+        """Screened policies to promote: the least losses within the budget, and members of the front of losses."""
+        fits = [
+            t for t in self.trials if t.evaluation.screened and t.evaluation.copy_of is None
+            and t.evaluation.status == "ok" and self.budget.excess(t.measured) <= 0
+        ]  # fmt: skip
+        best = sorted(fits, key=lambda t: (t.measured.loss, t.number))[:PROMOTED_BEST]
+        latency = self.budget.ms is not None
+        points = [(t.measured.loss, float(t.measured.bytes), *([t.measured.latency_ms] * latency)) for t in fits]
+        front = sorted((fits[i] for i in non_dominated(points)), key=lambda t: t.measured.bytes)
+        count = min(len(front), max(PROMOTED_BEST, self.settings.trials // 5))
+        spread = [front[i] for i in _spread(len(front), count)]
+        promoted = {t.number: t.evaluation.policy for t in (*best, *spread)}
+        return [p for _, p in sorted(promoted.items()) if (p.key(), False) not in self._known]
 
     def _idle(self) -> int:
         """Proposals since the last one-shot evaluation: how far an earlier part of the run had got to giving up."""
-        shots = [t.evaluation for t in self.trials if t.evaluation.rung == 0]
-        measured = [i for i, e in enumerate(shots) if e.status != "infeasible" and e.copy_of is None]
+        shots = [t.evaluation for t in self.trials if self._is_shot(t.evaluation)]
+        measured = [i for i, e in enumerate(shots) if _measured(e)]
         return len(shots) - 1 - measured[-1] if measured else len(shots)
 
     def warn(self, text: str) -> None:
@@ -298,7 +346,7 @@ class Study:
                 policy = self._controller.ask(parent, self.settings.epochs)
                 if self._needs_running(policy, 1):
                     self._recovering = (time.monotonic(), sum(map(self._was_promoted, parents)), total)
-                    yield policy, 1, self.folder / artifact_name(len(self.trials))
+                    yield Job(policy, 1, self.folder / artifact_name(len(self.trials)))
 
         if total > before:
             self._report("recovering", before, total, since, before)
@@ -311,11 +359,11 @@ class Study:
         """One-shot front members to train: one for ten trials, evenly spread from smallest to largest."""
         shots = [t for t in feasible(self.trials, self.budget) if t.evaluation.rung == 0]
         members = front_of(shots, self.evaluator.task.direction, latency=self.budget.ms is not None)
+        if self.budget.bytes is not None:  # training changes how well codes compress: leave it some room
+            room = [t for t in members if t.measured.bytes <= (1 - TRAINING_ROOM) * self.budget.bytes]
+            members = room or members
         count = min(len(members), max(2, self.settings.trials // 10))
-        if count < 2:
-            return [t.evaluation.policy for t in members]
-        chosen = {round(i * (len(members) - 1) / (count - 1)): None for i in range(count)}
-        return [members[i].evaluation.policy for i in chosen]
+        return [members[i].evaluation.policy for i in _spread(len(members), count)]
 
     def _was_promoted(self, parent: Policy) -> bool:
         trained = (t.evaluation.policy for t in self.trials if t.evaluation.rung == 1)
@@ -382,6 +430,18 @@ class Study:
                 self.trials[trial.number] = replace(trial, artifact="")
 
 
+def _measured(evaluation: Evaluation) -> bool:
+    """Really measured, failures included: neither refused by its size nor a copy."""
+    return evaluation.status != "infeasible" and evaluation.copy_of is None
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """`count` of `length` indices, from first to last, evenly."""
+    if count < 2:
+        return list(range(length))[:count]
+    return sorted({round(i * (length - 1) / (count - 1)) for i in range(count)})
+
+
 def artifact_name(number: int) -> str:
     """Where a trial's artifact lies in its run folder."""
     return f"artifacts/trial-{number}.acz"
@@ -417,8 +477,8 @@ def search(
     evaluator = Evaluator(settings.load_task(), seed=settings.seed, dense_ms=dense_ms)
     choices = Space(file, evaluator.graph)
     budget = Budget.resolve([Limit.parse(text) for text in settings.budgets], evaluator.dense)
+    with_profile = needs_profile(settings.controller)
     _refuse_unreachable(choices, evaluator, budget, settings)
-    controller = make_controller(settings.controller, choices, budget, evaluator.predict, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     with Journal.writing(folder) as journal:
         if not resume:
@@ -427,13 +487,21 @@ def search(
         _write_config(folder, settings, file, command, resume=resume)
         for name in ("artifacts", "policies"):
             (folder / name).mkdir(exist_ok=True)
-        runner = LocalRunner(lambda policy, rung, keep: evaluator(policy, rung, keep, study.training))
+        profile = _profile(evaluator, choices, journal, watch) if with_profile else None
+        size = _size_of(evaluator)
+        controller = make_controller(settings.controller, choices, budget, size, settings.seed, profile)
+
+        def run_one(job: Job) -> Evaluation:
+            return evaluator(job.policy, job.rung, job.keep, study.training, screen=job.screen)
+
+        runner = LocalRunner(run_one)
         study = Study(settings, evaluator, controller, runner, budget, journal, folder, timeout=timeout, watch=watch)
         for note in evaluator.graph.notes:
             study.warn(note)
         if started is not None:
             started(study)
         study.one_shot()
+        study.promote()
         study.recover()
         outcome = study.finalise()
         journal.set_fact("seconds", study.total_seconds)
@@ -470,10 +538,63 @@ def _describe(journal: Journal, folder: Path, evaluator: Evaluator, budget: Budg
         journal.set_fact(name, value)
 
 
+def _size_of(evaluator: Evaluator) -> Predict:
+    """What controllers are told of a policy's size: exact, and where its codes cannot be found at most."""
+
+    def size(policy: Policy) -> Measurement:
+        try:
+            return evaluator.predict(policy)
+        except Exception:  # the candidate will fail when it is built, and is recorded as that
+            return evaluator.bound(policy)
+
+    return size
+
+
+def _profile(evaluator: Evaluator, space: Space, journal: Journal, watch: Watch | None) -> Profile:
+    """The profile of this run, of an earlier search of the same model and levels, or a new one, kept for later ones."""
+    key = profile_key(space, {**_identity(evaluator), "seed": evaluator.seed})
+    cached = cache_folder() / "profiles" / f"{key}.json"
+    stored = journal.fact("profile") or _read_profile(cached)
+    if stored is not None:
+        profile = Profile.from_json(stored)
+        if profile.key == key:
+            if journal.fact("profile") is None:
+                journal.set_fact("profile", stored)
+                journal.set_fact("profile_reused", True)
+            return profile
+    start = time.monotonic()
+
+    def follow(done: int, total: int, detail: str) -> None:
+        seconds = time.monotonic() - start
+        left = seconds / done * (total - done) if done else None
+        if watch is not None:
+            watch(Progress("profiling", done, total, 0, 0, None, seconds, left, detail))
+
+    profile = measure(evaluator, space, key, follow, time.monotonic)
+    journal.set_fact("profile", profile.to_json())
+    journal.set_fact("profile_reused", False)
+    try:
+        write(cached, json.dumps(profile.to_json()).encode())
+    except OSError as error:
+        warnings.warn(f"the profile is not kept for later searches: {error}", stacklevel=2)
+    return profile
+
+
+def _read_profile(path: Path) -> Any:
+    """What `_profile` wrote, or None: a profile that cannot be read is measured again."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        Profile.from_json(stored)
+    except (OSError, ValueError, RunError, AutocompressError):
+        return None
+    return stored
+
+
 def _refuse_unreachable(space: Space, evaluator: Evaluator, budget: Budget, settings: Settings) -> None:
     smallest = evaluator.bound(space.smallest())
-    if budget.static().excess(smallest) > 0:
-        smallest = evaluator.predict(space.smallest())
+    if budget.static().excess(smallest) > 0:  # entropy coding may make it fit, and many zeros most of all
+        known = [evaluator.predict(policy) for policy in (space.smallest(), space.sparsest())]
+        smallest = min(known, key=budget.static().excess)
     if budget.static().excess(smallest) > 0:
         raise NothingFits(
             f"nothing fits {budget}: the smallest policy of the space {settings.space!r} takes {smallest.bytes:,} "

@@ -41,7 +41,9 @@ class Task(Protocol):
     `train` batches are drawn with the training augmentation and feed calibration and recovery; `val` selects;
     `test` is read once, for the report. `val` and `test` batches must come in the same order every time.
     A task may also have `divergence(outputs, teacher_outputs, temperature) -> Tensor`, the distance that
-    distillation minimises; without it, `divergence` of this module uses the squared error.
+    distillation minimises; without it, `divergence` of this module uses the squared error. And it may have
+    `score_batches(model, batches) -> float`, the metric on some batches: then a search screens candidates on a part
+    of a large `val` and scores the best on all of it; without it, every candidate is scored on all of `val`.
     """
 
     name: str
@@ -237,12 +239,23 @@ class _ArrayTask:
         """From stored inputs to what the model takes; a subclass may normalise here."""
         return inputs.float() if inputs.dtype == torch.uint8 else inputs
 
-    def outputs(self, model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
-        """The model's first output tensor for all of `split`, and the targets."""
+    def outputs(self, model: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """The model's first output tensor for all of `batches`, and the targets."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        found, targets = [], []
         with torch.inference_mode():
-            found = [tensors(call(model, to_device(batch.inputs, device)))[0].cpu() for batch in self.batches(split)]
-        return torch.cat(found), self.split(split)[1]
+            for batch in batches:
+                found.append(tensors(call(model, to_device(batch.inputs, device)))[0].cpu())
+                targets.append(batch.target)
+        return torch.cat(found), torch.cat(targets)
+
+    def score(self, model: nn.Module, split: Split) -> float:
+        """The metric on all of `split`."""
+        return self.score_batches(model, self.batches(split))
+
+    def score_batches(self, model: nn.Module, batches: Iterable[Batch]) -> float:
+        """The metric on `batches`."""
+        raise NotImplementedError
 
 
 class _Epoch:
@@ -282,9 +295,9 @@ class ClassificationTask(_ArrayTask):
         logits = tensors(outputs)[0]
         return F.cross_entropy(logits, batch.target.to(logits.device))
 
-    def score(self, model: nn.Module, split: Split) -> float:
+    def score_batches(self, model: nn.Module, batches: Iterable[Batch]) -> float:
         """Share of inputs whose largest logit is the target."""
-        logits, targets = self.outputs(model, split)
+        logits, targets = self.outputs(model, batches)
         return float((logits.argmax(dim=1) == targets).double().mean())
 
     def divergence(self, outputs: Any, teacher: Any, temperature: float = 1.0) -> Tensor:
@@ -306,9 +319,9 @@ class RegressionTask(_ArrayTask):
         predicted = tensors(outputs)[0]
         return F.mse_loss(predicted, batch.target.to(predicted.device).reshape(predicted.shape))
 
-    def score(self, model: nn.Module, split: Split) -> float:
+    def score_batches(self, model: nn.Module, batches: Iterable[Batch]) -> float:
         """1 - residual power / variance of the targets."""
-        predicted, targets = self.outputs(model, split)
+        predicted, targets = self.outputs(model, batches)
         residual = (predicted.reshape(targets.shape).double() - targets.double()).square().sum()
         spread = (targets.double() - targets.double().mean(dim=0)).square().sum().clamp_min(1e-12)
         return float(1 - residual / spread)

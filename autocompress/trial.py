@@ -124,7 +124,7 @@ class Evaluation:
     """One candidate with what became of it.
 
     `infeasible` was refused before it was built, by its exact size. `copy_of` is the trial that measured the same
-    policy before; nothing was measured again.
+    policy before; nothing was measured again. `screened` says that quality and loss are of a part of `val` only.
     """
 
     policy: Policy
@@ -135,6 +135,7 @@ class Evaluation:
     error: str = ""
     seconds: float = 0.0
     copy_of: int | None = None
+    screened: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, NaN as null, without the policy (the journal stores it beside)."""
@@ -154,6 +155,7 @@ class Evaluation:
             "error": self.error,
             "seconds": self.seconds,
             "copy_of": self.copy_of,
+            "screened": self.screened,
         }
 
     @classmethod

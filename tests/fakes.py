@@ -18,6 +18,7 @@ import torch
 from autocompress import study
 from autocompress.artifact.layout import Entry, weight_entry
 from autocompress.artifact.packed import Artifact, pack, read
+from autocompress.evaluate import Job
 from autocompress.files import write
 from autocompress.front import Trial
 from autocompress.graph import Graph, Group, Layer, Member
@@ -133,6 +134,7 @@ class FakeTask:
     scored: list[tuple[str, str]] = field(default_factory=list)
     graph: Graph = GRAPH
     weights: float = 0.5
+    screens: bool = False
 
     def quality_of(self, policy: Policy) -> float:
         """The metric: falls from 0.95 with the damage, or rises from 0.05 where lower is better."""
@@ -174,6 +176,8 @@ class FakeEvaluator:
         self.size = Size(self.graph, self.task.name, self.task.metric)
         self.fault, self.kill_at = fault or (lambda *_: None), kill_at
         self.calls: list[tuple[Policy, int, Path | None]] = []
+        self.screens = self.task.screens
+        self.screened: list[bool] = []
         ms = DENSE_MS if dense_ms is None else dense_ms
         self.dense = Measurement(
             self.graph.dense_bytes, self.graph.dense_macs, self.task.quality_of(Policy(recovery=Recovery())), 0.0, ms
@@ -197,11 +201,19 @@ class FakeEvaluator:
         return damage(policy, self.graph)
 
     def __call__(
-        self, policy: Policy, rung: int = 0, keep: Path | None = None, progress: Progress | None = None
+        self,
+        policy: Policy,
+        rung: int = 0,
+        keep: Path | None = None,
+        progress: Progress | None = None,
+        *,
+        screen: bool = False,
     ) -> Evaluation:
         """Measure `policy` like the real evaluator: what goes wrong is a `failed` evaluation."""
+        screened = screen and self.screens
         fault = "kill" if len(self.calls) == self.kill_at else self.fault(policy, rung)
         self.calls.append((policy, rung, keep))
+        self.screened.append(screened)
         if fault == "kill":
             raise Killed
         start = time.perf_counter()
@@ -213,6 +225,9 @@ class FakeEvaluator:
                 if progress is not None:
                     progress(step, 2 * policy.recovery.epochs)
             quality = self.quality(model)
+            if screened:  # a part of `val` says something a little different
+                wobble = 1 + 0.02 * math.sin(int(policy.key()[:6], 16))
+                quality = Quality(quality.score * wobble, quality.loss * wobble)
             if fault == "nan":
                 raise FloatingPointError("accuracy is nan")
             known = self.predict(policy)
@@ -223,7 +238,13 @@ class FakeEvaluator:
         except (ValueError, FloatingPointError):
             seconds = time.perf_counter() - start
             return Evaluation(policy, self.seed, rung, "failed", error=traceback.format_exc(limit=-6), seconds=seconds)
-        return Evaluation(policy, self.seed, rung, "ok", measured, seconds=time.perf_counter() - start)
+        return Evaluation(
+            policy, self.seed, rung, "ok", measured, seconds=time.perf_counter() - start, screened=screened
+        )
+
+    def run(self, job: Job) -> Evaluation:
+        """What a runner runs."""
+        return self(job.policy, job.rung, job.keep, screen=job.screen)
 
     def build(self, policy: Policy) -> tuple[FakeModel, FakeModel]:
         """The policy stands for its tensors and for its model."""

@@ -24,7 +24,7 @@ class Controller(Protocol):
         ...
 
     def tell(self, evaluation: Evaluation) -> None:
-        """What became of a policy that `ask` returned."""
+        """What became of a policy that `ask` returned, or of one that was measured again on all of `val`."""
         ...
 
     def restore(self, evaluations: Iterable[Evaluation]) -> None:

@@ -112,7 +112,15 @@ class OptunaController:
 
     def tell(self, evaluation: Evaluation) -> None:
         """See `Controller`."""
-        trial = self._pending.pop(evaluation.policy.key())
+        trial = self._pending.pop(evaluation.policy.key(), None)
+        if trial is None:
+            self.study.add_trial(self._frozen(evaluation))
+        else:
+            self._finish(trial, evaluation)
+        self._after(evaluation)
+        self._learn(evaluation)
+
+    def _finish(self, trial: Trial, evaluation: Evaluation) -> None:
         values, constraint, attributes = self._outcome(evaluation)
         for key, value in attributes.items():
             trial.set_user_attr(key, value)
@@ -121,16 +129,18 @@ class OptunaController:
         else:
             trial.set_constraint("budget", constraint)
             self.study.tell(trial, values)
-        self._after(evaluation)
-        self._learn(evaluation)
 
     def _learn(self, evaluation: Evaluation) -> None:
         """For controllers that keep knowledge beside the study."""
 
     def restore(self, evaluations: Iterable[Evaluation]) -> None:
         """See `Controller`."""
+        screened = set()
         for evaluation in evaluations:
-            if self._sampler == "nsga2":
+            promotion = not evaluation.screened and not evaluation.rung and evaluation.policy.key() in screened
+            if evaluation.screened:
+                screened.add(evaluation.policy.key())
+            if self._sampler == "nsga2" and not promotion:
                 self._replay(evaluation)
             else:
                 if self._baselines and evaluation.policy == self._baselines[0]:
@@ -169,6 +179,7 @@ class OptunaController:
             "rung": evaluation.rung,
             "policy": evaluation.policy.key(),
             "status": evaluation.status,
+            "screened": evaluation.screened,
         }
         measured = evaluation.measurement
         if evaluation.status == "failed" or measured is None:

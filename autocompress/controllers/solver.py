@@ -11,18 +11,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from typing import Any
 
 import numpy as np
 
-from autocompress.artifact.layout import weight_entry
 from autocompress.controllers.knapsack import Instance, Menu, efficient, greedy, prepare, solve
 from autocompress.controllers.optuna_samplers import OptunaController, Predict, mix
 from autocompress.controllers.surrogate import Floats, Ints, Surrogate
 from autocompress.policy import Policy
 from autocompress.profile import LayerProfile, Profile
-from autocompress.space import Categorical, Space, Value
+from autocompress.space import Categorical, Space, Value, section_bytes
 from autocompress.trial import Budget, Evaluation
 
 SEEDS = 8
@@ -95,8 +93,7 @@ class SolverController(OptunaController):
         shape = shapes[layer.weight]
         if shape == layer.shape:
             return levels.costs
-        count = prod(shape)
-        return [weight_entry(layer.weight, shape, c, count - c.zeros(count)).nbytes for c in levels.choices]
+        return [section_bytes(layer, shape, choice) for choice in levels.choices]
 
     def _targets(self) -> tuple[int, int]:
         """Least and largest number of bytes that proposals aim at."""

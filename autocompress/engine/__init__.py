@@ -22,7 +22,7 @@ from autocompress.engine.database import LayerDatabase, remembered_moments
 from autocompress.engine.finetune import Constraint, Hints, train
 from autocompress.engine.prune import Importance, magnitude_mask, remove_channels
 from autocompress.engine.quantize import Grid, quantise
-from autocompress.engine.recalibrate import fold, norms, reestimate, statistics
+from autocompress.engine.recalibrate import anchored, fold, norms, reestimate, statistics
 from autocompress.graph import Graph, Layer
 from autocompress.policy import LayerChoice, Policy, Solver
 from autocompress.stored import Quantised, Stored, StoredModel
@@ -31,6 +31,8 @@ from autocompress.task import Batch, Task, length, probe
 from autocompress.trace import trace
 
 CALIBRATION_INPUTS = 512
+REESTIMATION_INPUTS = 256
+"""Enough, since the statistics are anchored to the dense model's."""
 DATABASE_INPUTS = 1024
 _CACHE_BYTES = 512 * 2**20
 
@@ -112,6 +114,27 @@ class Workbench:
         install(self._student, {name: self.state[name] for name in counters})
         return self._student.eval()
 
+    def statistics(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Batch-norm statistics over the re-estimation batches of the model with these tensors."""
+        student = self.student(state)
+        reestimate(student, self.calibration[: self._reestimation])
+        found = student.state_dict()
+        return {name: found[name].detach().cpu().clone() for name in statistics(student)}
+
+    @cached_property
+    def dense_statistics(self) -> dict[str, Tensor]:
+        """The same of the dense model."""
+        return self.statistics(self.state)
+
+    @property
+    def _reestimation(self) -> int:
+        """How many calibration batches hold enough inputs."""
+        inputs, batches = 0, 0
+        while inputs < REESTIMATION_INPUTS and batches < len(self.calibration):
+            inputs += length(self.calibration[batches].inputs)
+            batches += 1
+        return batches
+
     def realise(self, compressed: Compressed) -> nn.Module:
         """The resident model as it will be deployed, filled with exactly what the file holds."""
         folds = compressed.policy.recovery.fold_bn
@@ -189,10 +212,16 @@ def compress(bench: Workbench, policy: Policy, progress: Progress | None = None)
             constraint = _constraint(weights[layer.weight])
             weights[layer.weight] = quantise(state[layer.weight], choice, constraint.mask, constraint.grid)
     if policy.recovery.reestimate_bn and bench.eps and bench.calibration:
-        student = bench.student({**state, **{name: stored.dense() for name, stored in weights.items()}})
-        reestimate(student, bench.calibration)
-        state = {**state, **{k: student.state_dict()[k].detach().cpu().clone() for k in statistics(student)}}
+        state = {**state, **_statistics(bench, {**state, **{n: s.dense() for n, s in weights.items()}}, parent.kept)}
     return Compressed(policy, fold(weights, state, graph, policy, bench.eps))
+
+
+def _statistics(bench: Workbench, state: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Batch-norm statistics for the compressed tensors in `state`."""
+    found = bench.statistics(state)
+    dense = {name: bench.state[name] for name in found}
+    batch = remove_channels({**bench.state, **bench.dense_statistics}, bench.graph, kept)
+    return anchored(found, batch, remove_channels({**bench.state, **dense}, bench.graph, kept))
 
 
 def _recover(

@@ -58,6 +58,26 @@ def reestimate(model: nn.Module, batches: Iterable[Batch]) -> None:
             norm.eval()
 
 
+def anchored(
+    found: Mapping[str, Tensor], batch: Mapping[str, Tensor], running: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Statistics `found` for a compressed model, moved by what the same batches say wrongly of the dense one.
+
+    `batch` are the dense model's statistics over these batches, `running` those it was trained with. The difference
+    (a control variate) keeps a hardly compressed model as it was, and makes up for few or unaugmented inputs. Means
+    (channels,) shift, variances scale.
+    """
+    result = {}
+    for name, value in found.items():
+        if name.endswith("running_mean"):
+            result[name] = value + (running[name] - batch[name])
+        else:
+            result[name] = value * (running[name] / batch[name].clamp_min(torch.finfo(torch.float32).tiny)).clamp(
+                0.1, 10
+            )
+    return result
+
+
 def fold(
     weights: StoredModel, state: Mapping[str, Tensor], graph: Graph, policy: Policy, eps: Mapping[str, float]
 ) -> dict[str, Stored]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autocompress.task import Split, Task, divergence, tensors
+from autocompress.task import Batch, Split, Task, divergence, length, tensors
 
 MEMORY = 512 * 2**20
 """Bytes of dense outputs that are kept for comparison; what comes after them is not compared."""
@@ -23,18 +24,45 @@ class Quality:
     loss: float
 
 
-class QualityMeter:
-    """Scores candidates on one split. The dense model's outputs are recorded once, at construction."""
+SCREEN_INPUTS = 2048
+"""Inputs that a candidate is screened on. On 256 a search learns the inputs; from 1,000 on it learns the model."""
+LARGE = 1.5
+"""A split this many times larger is screened first; a smaller one is always scored whole."""
 
-    def __init__(self, task: Task, dense: nn.Module, split: Split = "val") -> None:
-        self._task, self._split = task, split
+
+def screening(task: Task, dense: nn.Module, inputs: int = SCREEN_INPUTS) -> QualityMeter | None:
+    """A meter on the first `inputs` of `val`; None if `val` is hardly larger or the task cannot score a part."""
+    if not hasattr(task, "score_batches"):
+        return None
+    part: list[Batch] = []
+    count = 0
+    for batch in task.batches("val", 0):
+        if count < inputs:
+            part.append(Batch(*batch))
+        count += length(batch[0])
+        if count >= LARGE * inputs:
+            return QualityMeter(task, dense, part=part)
+    return None
+
+
+class QualityMeter:
+    """Scores candidates on one split, or a part of it. The dense model's outputs are recorded at construction."""
+
+    def __init__(self, task: Task, dense: nn.Module, split: Split = "val", part: Sequence[Batch] | None = None) -> None:
+        """`part` holds the batches to score on instead of all of `split`; the task must have `score_batches`."""
+        self._task, self._split, self._part = task, split, part
         self._reference: list[Any] = []
         self._bytes, self._full = 0, False
         handle = dense.register_forward_hook(self._record)
         try:
-            self.dense = float(task.score(dense, split))
+            self.dense = self._score(dense)
         finally:
             handle.remove()
+
+    def _score(self, model: nn.Module) -> float:
+        if self._part is None:
+            return float(self._task.score(model, self._split))
+        return float(self._task.score_batches(model, self._part))  # type: ignore[attr-defined]  # optional member
 
     def _record(self, module: nn.Module, given: Any, outputs: Any) -> None:  # noqa: ARG002
         size = sum(t.numel() * t.element_size() for t in tensors(outputs))
@@ -60,7 +88,7 @@ class QualityMeter:
 
         handle = model.register_forward_hook(compare)
         try:
-            score = float(self._task.score(model, self._split))
+            score = self._score(model)
         finally:
             handle.remove()
         gap = self.dense - score if self._task.direction == "max" else score - self.dense

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Protocol
 
-from autocompress.evaluate import Evaluate
-from autocompress.policy import Policy
+from autocompress.evaluate import Evaluate, Job
 from autocompress.trial import Evaluation
-
-Job = tuple[Policy, int, Path | None]
-"""Policy, rung, where to keep its artifact."""
 
 
 class Runner(Protocol):
@@ -30,5 +25,5 @@ class LocalRunner:
 
     def run(self, jobs: Iterable[Job]) -> Iterator[Evaluation]:
         """See `Runner`."""
-        for policy, rung, keep in jobs:
-            yield self._evaluate(policy, rung, keep)
+        for job in jobs:
+            yield self._evaluate(job)
