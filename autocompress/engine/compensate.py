@@ -24,9 +24,8 @@ from autocompress.stored import round_to_half
 
 REMOVED_PER_ROUND = 0.05
 """Share of the remaining weights that goes between two updates of the others."""
-REMOVED_PER_SHARED_ROUND = 0.1, 0.3
-"""The same with one inverse for all rows, up to and beyond `SHARED_SIZE` rows * d * d, where a round takes long."""
-SHARED_SIZE = 2 * 10**9
+REMOVED_PER_SHARED_ROUND = ((5 * 10**8, 0.1), (2 * 10**9, 0.2), (2**63, 0.35))
+"""The same with one inverse for all rows, by the most rows * d * d: a round takes longer the larger the layer."""
 MOST_ZEROS = 0.97
 EXACT_BYTES = 2**29
 """Layers whose row-wise inverses of H take more are pruned with one inverse that all rows share."""
@@ -34,6 +33,7 @@ REMOVAL_BYTES = 2**26
 """Columns of the inverses that are taken out at a time."""
 BLOCK = 64
 SWEEPS = 3
+"""Sweeps of coordinate descent for layers of up to `STARTED_SIZE`, where they are cheap; larger ones get two."""
 STARTS = (1.0, 0.8, 0.9, 1.1, 1.2)
 """Multiples of the best scale for plain rounding from which a row's grid is sought."""
 STARTED_BITS = 4
@@ -129,7 +129,8 @@ class _Shared:
     def __init__(self, weight: Tensor, h: Tensor) -> None:
         self.h = h.float() if h.ndim == 3 else h.float().unsqueeze(0)
         self.dense = weight.float()
-        self.share = REMOVED_PER_SHARED_ROUND[weight.numel() * weight.shape[1] > SHARED_SIZE]
+        size = weight.numel() * weight.shape[1]
+        self.share = next(share for most, share in REMOVED_PER_SHARED_ROUND if size <= most)
         self.w = self.dense
 
     def saliency(self, alive: Tensor) -> Tensor:
@@ -336,7 +337,8 @@ def solve(
     codes = with_feedback(each(fitted), factor or factorise(h), each(mask), grid)
     codes, grid = _improved(codes, each(weight), h, each(mask), grid, 1)
     codes, grid = _best(codes, each(weight), h, grid, len(starts))
-    return _improved(codes, weight, h, mask, grid, SWEEPS - 1)
+    small = weight.numel() * weight.shape[1] <= STARTED_SIZE
+    return _improved(codes, weight, h, mask, grid, SWEEPS - 1 if small else 1)
 
 
 def _improved(codes: Tensor, weight: Tensor, h: Tensor, mask: Tensor, grid: Grid, sweeps: int) -> tuple[Tensor, Grid]:

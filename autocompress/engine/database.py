@@ -11,12 +11,14 @@ import contextlib
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from math import prod
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from autocompress.engine.cache import Cache, digest
@@ -35,6 +37,7 @@ FACTOR_BYTES = 256 * 2**20
 """Factors of H that stay in memory for the next level of the same layers."""
 ROWWISE_BYTES = 16 * 2**20
 """Groups are solved at once if a coupling for each of their rows takes no more, else one after the other."""
+SMALL = 2 * 10**8
 REFITS = 3
 """Rounds of scale and codes for rows whose weights are independent."""
 
@@ -157,6 +160,26 @@ def _checked(entry: Entry, name: str, kind: torch.dtype, shape: tuple[int, ...])
 # --- layers ---------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _threads(size: int) -> Iterator[None]:
+    """One thread for layers of up to `SMALL` rows * d * d: two pools of threads wait for each other."""
+    if size > SMALL:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _pools().limit(limits=1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@cache
+def _pools() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
 class LayerDatabase:
     """Solutions of one model's layers, each found on first use."""
 
@@ -185,9 +208,10 @@ class LayerDatabase:
         key = f"level-{digest(self._key(layer), choice)}"
         stored = self._read(key, layer, choice)
         if stored is None:
-            entry = self._solved(layer, h, choice)
-            stored = _stored(entry, layer, choice)
-            self._errors[layer.name, choice] = self.error(layer, stored)
+            with _threads(weight.numel() * h.shape[-1]):
+                entry = self._solved(layer, h, choice)
+                stored = _stored(entry, layer, choice)
+                self._errors[layer.name, choice] = self.error(layer, stored)
             self._write(key, {**entry, "error": torch.tensor([self._errors[layer.name, choice]], dtype=torch.float64)})
         return stored
 
