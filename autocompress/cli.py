@@ -93,7 +93,9 @@ def search(
         typer.Option(help="Epochs of recovery training for members of the front; 0 is one-shot only.  [default: 1]"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal searches.  [default: 0]")] = None,
-    controller: Annotated[str | None, typer.Option(help="Who proposes: tpe, nsga2 or random.  [default: tpe]")] = None,
+    controller: Annotated[
+        str | None, typer.Option(help="Who proposes: solver, tpe, nsga2, gp or random.  [default: solver]")
+    ] = None,
     data: DataDir = None,
     checkpoint: Checkpoint = None,
     as_json: Json = False,
@@ -179,6 +181,14 @@ def _conclude(run: Run, *, as_json: bool) -> None:
             f"Take it away: autocompress export {shlex.quote(str(run.folder))} --trial {picked.number} --format packed",
             soft_wrap=True,
         )
+    if run.profile is not None:
+        evaluations, seconds = run.profile["evaluations"], run.profile["seconds"]
+        if run.profile["reused"]:
+            out.print(
+                f"Solved from the profile of an earlier search ({evaluations} evaluations, {seconds:.0f} s saved)."
+            )
+        else:
+            out.print(f"Profile: {evaluations} evaluations in {seconds:.0f} s; later searches of this model reuse it.")
     for warning in run.warnings:
         err.print(f"[yellow]warning:[/] {escape(warning)}")
     failed = [t for t in run.trials if t.evaluation.status == "failed"]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from autocompress.errors import RunError
@@ -127,23 +127,30 @@ def profile_key(space: Space, identity: object) -> str:
 
 
 def measure(measures: Measures, space: Space, key: str, watch: Watch, clock: Callable[[], float]) -> Profile:
-    """Solve the levels of every layer, and evaluate each layer and channel group alone, once.
-
-    `watch` follows it; `clock` gives seconds.
-    """
+    """Solve the levels of every layer, and evaluate each layer alone, once. `watch` follows it; `clock` in seconds."""
     start = clock()
     layers: list[LayerProfile] = []
-    total = 2 * len(space.graph.layers) + len(space.keep)
+    total = 2 * len(space.graph.layers)
     for layer in space.graph.layers:
         levels = levels_of(measures, space, layer)
         watch(len(layers) * 2, total, f"{layer.name}: {len(levels)} levels solved")
         layers.append(LayerProfile(layer.name, levels, _sensitivity(measures, space, layer, levels)))
         watch(len(layers) * 2, total, f"{layer.name} measured")
-    groups = []
-    for name, ratios in space.keep.items():
-        groups += [_group(measures, space, name, ratios)] if len(ratios) > 1 else []
-        watch(2 * len(layers) + len(groups), total, f"channels of {name} measured")
-    return Profile(key, tuple(layers), tuple(groups), len(layers) + len(groups), clock() - start)
+    return Profile(key, tuple(layers), (), len(layers), clock() - start)
+
+
+def with_groups(
+    profile: Profile, measures: Measures, space: Space, watch: Watch, clock: Callable[[], float]
+) -> Profile:
+    """`profile` with one evaluation per channel group: what budgets need that bytes alone do not meet."""
+    start = clock()
+    groups: list[GroupProfile] = []
+    open_groups = {name: ratios for name, ratios in space.keep.items() if len(ratios) > 1}
+    for name, ratios in open_groups.items():
+        groups.append(_group(measures, space, name, ratios))
+        watch(len(groups), len(open_groups), f"channels of {name} measured")
+    evaluations, seconds = profile.evaluations + len(groups), profile.seconds + clock() - start
+    return replace(profile, groups=tuple(groups), evaluations=evaluations, seconds=seconds)
 
 
 def levels_of(measures: Measures, space: Space, layer: Layer) -> tuple[Level, ...]:

@@ -33,7 +33,7 @@ from autocompress.front import Trial, Wish, feasible, front_of, non_dominated, p
 from autocompress.journal import FILE, Journal
 from autocompress.measure.latency import RUNTIME
 from autocompress.policy import Policy
-from autocompress.profile import Profile, measure, profile_key
+from autocompress.profile import Profile, measure, profile_key, with_groups
 from autocompress.runners.local import LocalRunner, Runner
 from autocompress.space import Space, SpaceFile, load_space
 from autocompress.task import Task, load_task
@@ -487,7 +487,7 @@ def search(
         _write_config(folder, settings, file, command, resume=resume)
         for name in ("artifacts", "policies"):
             (folder / name).mkdir(exist_ok=True)
-        profile = _profile(evaluator, choices, journal, watch) if with_profile else None
+        profile = _profile(evaluator, choices, budget, journal, watch) if with_profile else None
         size = _size_of(evaluator)
         controller = make_controller(settings.controller, choices, budget, size, settings.seed, profile)
 
@@ -550,18 +550,17 @@ def _size_of(evaluator: Evaluator) -> Predict:
     return size
 
 
-def _profile(evaluator: Evaluator, space: Space, journal: Journal, watch: Watch | None) -> Profile:
+def _profile(evaluator: Evaluator, space: Space, budget: Budget, journal: Journal, watch: Watch | None) -> Profile:
     """The profile of this run, of an earlier search of the same model and levels, or a new one, kept for later ones."""
     key = profile_key(space, {**_identity(evaluator), "seed": evaluator.seed})
     cached = cache_folder() / "profiles" / f"{key}.json"
-    stored = journal.fact("profile") or _read_profile(cached)
-    if stored is not None:
-        profile = Profile.from_json(stored)
-        if profile.key == key:
-            if journal.fact("profile") is None:
-                journal.set_fact("profile", stored)
-                journal.set_fact("profile_reused", True)
-            return profile
+    own = journal.fact("profile")
+    known = [Profile.from_json(data) for data in (own, _read_profile(cached)) if data is not None]
+    profile = next((p for p in known if p.key == key), None)
+    groups = (budget.macs is not None or budget.ms is not None) and any(len(r) > 1 for r in space.keep.values())
+    complete = profile is not None and (profile.groups or not groups)
+    if own is None:
+        journal.set_fact("profile_reused", complete)
     start = time.monotonic()
 
     def follow(done: int, total: int, detail: str) -> None:
@@ -570,13 +569,16 @@ def _profile(evaluator: Evaluator, space: Space, journal: Journal, watch: Watch 
         if watch is not None:
             watch(Progress("profiling", done, total, 0, 0, None, seconds, left, detail))
 
-    profile = measure(evaluator, space, key, follow, time.monotonic)
+    if profile is None:
+        profile = measure(evaluator, space, key, follow, time.monotonic)
+    if groups and not profile.groups:
+        profile = with_groups(profile, evaluator, space, follow, time.monotonic)
     journal.set_fact("profile", profile.to_json())
-    journal.set_fact("profile_reused", False)
-    try:
-        write(cached, json.dumps(profile.to_json()).encode())
-    except OSError as error:
-        warnings.warn(f"the profile is not kept for later searches: {error}", stacklevel=2)
+    if not complete:
+        try:
+            write(cached, json.dumps(profile.to_json()).encode())
+        except OSError as error:
+            warnings.warn(f"the profile is not kept for later searches: {error}", stacklevel=2)
     return profile
 
 
@@ -592,9 +594,9 @@ def _read_profile(path: Path) -> Any:
 
 def _refuse_unreachable(space: Space, evaluator: Evaluator, budget: Budget, settings: Settings) -> None:
     smallest = evaluator.bound(space.smallest())
-    if budget.static().excess(smallest) > 0:  # entropy coding may make it fit, and many zeros most of all
-        known = [evaluator.predict(policy) for policy in (space.smallest(), space.sparsest())]
-        smallest = min(known, key=budget.static().excess)
+    for policy in (space.smallest(), space.sparsest()):  # entropy coding may make it fit, and many zeros most of all
+        if budget.static().excess(smallest) > 0:
+            smallest = min(smallest, evaluator.predict(policy), key=budget.static().excess)
     if budget.static().excess(smallest) > 0:
         raise NothingFits(
             f"nothing fits {budget}: the smallest policy of the space {settings.space!r} takes {smallest.bytes:,} "

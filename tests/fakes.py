@@ -26,7 +26,7 @@ from autocompress.journal import Journal
 from autocompress.measure.quality import Quality
 from autocompress.measure.size import Size
 from autocompress.policy import LayerChoice, Policy, Recovery
-from autocompress.profile import Level, Profile, measure
+from autocompress.profile import Level, Profile, measure, with_groups
 from autocompress.space import Space, load_space, parse_space
 from autocompress.stored import Full, Half, Quantised, Raw, Stored
 from autocompress.study import Outcome, Settings, search
@@ -281,7 +281,9 @@ def _zeros(entry: Entry) -> Stored:
 
 def make_profile(space: Space, evaluator: FakeEvaluator | None = None) -> Profile:
     """What a search would measure first."""
-    return measure(evaluator or FakeEvaluator(), space, "fake", lambda *_: None, lambda: 0.0)
+    fake = evaluator or FakeEvaluator()
+    profile = measure(fake, space, "fake", lambda *_: None, lambda: 0.0)
+    return with_groups(profile, fake, space, lambda *_: None, lambda: 0.0)
 
 
 def evaluation(

@@ -191,7 +191,7 @@ WRONG: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*SEARCH, "--timeout", "abc"), ("'abc'", "90s")),
     ((*SEARCH, "--timeout", "0s"), ("'0s'", "90s")),
     ((*SEARCH, "--timeout", "nan"), ("'nan'", "90s")),
-    ((*SEARCH, "--controller", "magic"), ("'magic'", "tpe, nsga2, random")),
+    ((*SEARCH, "--controller", "magic"), ("'magic'", "solver, tpe, nsga2, gp, random")),
     ((*SEARCH, "--data", "there"), ("--data", "cifar10")),
     ((*SEARCH, "--space", "missing.toml"), ("'missing.toml'", "default", "tiny")),
     ((*SEARCH, "--out", "taken"), ("taken already exists", "--resume taken", "--out")),

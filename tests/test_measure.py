@@ -138,7 +138,7 @@ def test_model_that_reuses_its_output_memory_is_compared_with_what_it_gave() -> 
             return self.memory[: len(x)]
 
     task = classification(Reusing(), 16)
-    task.outputs(task.model(), "val")
+    task.outputs(task.model(), task.batches("val"))
     assert QualityMeter(task, task.model())(task.model()).loss == pytest.approx(0.0, abs=1e-7)
 
 

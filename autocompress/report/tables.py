@@ -49,6 +49,7 @@ class Run:
     seconds: float
     peak_memory_mib: int | None
     warnings: Sequence[str]
+    profile: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -75,6 +76,7 @@ class Run:
                 journal.fact("seconds") or 0.0,
                 journal.fact("peak_memory_mib"),
                 journal.fact("warnings") or (),
+                _profile(journal),
             )
 
     @property
@@ -144,6 +146,7 @@ def summary(run: Run) -> dict[str, Any]:
                 "failed": sum(t.evaluation.status == "failed" for t in run.trials),
                 "seconds": round(run.seconds, 3),
                 "peak_memory_mib": run.peak_memory_mib,
+                "profile": run.profile,
                 "budget": {"bytes": run.budget.bytes, "latency_ms": run.budget.ms, "macs": run.budget.macs},
                 "dense": {
                     "quality_val": run.dense.quality,
@@ -158,6 +161,18 @@ def summary(run: Run) -> dict[str, Any]:
             }
         )
     )
+
+
+def _profile(journal: Journal) -> dict[str, Any] | None:
+    """What the solver's profile took, and whether an earlier search had measured it; None for other controllers."""
+    profile = journal.fact("profile")
+    if profile is None:
+        return None
+    return {
+        "evaluations": profile["evaluations"],
+        "seconds": round(profile["seconds"], 3),
+        "reused": bool(journal.fact("profile_reused")),
+    }
 
 
 def size_text(count: float) -> str:
