@@ -558,7 +558,7 @@ def _profile(evaluator: Evaluator, space: Space, budget: Budget, journal: Journa
     known = [Profile.from_json(data) for data in (own, _read_profile(cached)) if data is not None]
     profile = next((p for p in known if p.key == key), None)
     groups = (budget.macs is not None or budget.ms is not None) and any(len(r) > 1 for r in space.keep.values())
-    complete = profile is not None and (profile.groups or not groups)
+    complete = profile is not None and (bool(profile.groups) or not groups)
     if own is None:
         journal.set_fact("profile_reused", complete)
     start = time.monotonic()

@@ -288,7 +288,7 @@ def test_budget_below_the_smallest_reachable_names_it(here: Path) -> None:
     assert contents(here).keys() == {"blobs.py", "broken.py"}
     fits = run(*SEARCH, "--budget", f"{smallest.replace(',', '')}B", "--epochs", 0, "--out", "run", "--json")
     assert fits.code == 0
-    assert fits.json["picked"]["bytes"] == int(smallest.replace(",", ""))
+    assert fits.json["picked"]["bytes"] <= int(smallest.replace(",", ""))
 
 
 def test_latency_that_nothing_reaches_ends_with_the_nearest(here: Path) -> None:
