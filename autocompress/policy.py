@@ -64,6 +64,10 @@ class LayerChoice:
         _require(0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "in [0, 1)")
         _one_of("scheme", self.scheme, Scheme)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: a search makes thousands, so it does not go through `asdict`."""
+        return {"bits": self.bits, "sparsity": self.sparsity, "scheme": self.scheme}
+
     def zeros(self, count: int) -> int:
         """How many of `count` weights are removed: exact, so that a file's size follows from the policy alone."""
         return math.floor(count * self.sparsity + 1e-9)
@@ -119,6 +123,7 @@ class Policy:
     criterion: Criterion = "l2"
     recovery: Recovery = field(default_factory=Recovery)
     solver: Solver = "nearest"
+    _key: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", {name: _number(f"keep.{name}", ratio) for name, ratio in self.keep.items()})
@@ -138,7 +143,7 @@ class Policy:
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` gives an equal policy back."""
         return {
-            "layers": {name: asdict(choice) for name, choice in self.layers.items()},
+            "layers": {name: choice.to_json() for name, choice in self.layers.items()},
             "keep": dict(self.keep),
             "criterion": self.criterion,
             "solver": self.solver,
@@ -148,7 +153,7 @@ class Policy:
     @classmethod
     def from_json(cls, data: Any) -> Policy:
         """The policy that `to_json` wrote. Raises `PolicyError` on anything else."""
-        top = _record("policy", data, {f.name for f in fields(cls)})
+        top = _record("policy", data, {f.name for f in fields(cls) if f.init})
         layers = _record("policy.layers", top.get("layers", {}), None)
         keep = _record("policy.keep", top.get("keep", {}), None)
         try:
@@ -172,8 +177,10 @@ class Policy:
 
     def key(self) -> str:
         """16 hexadecimal digits that are equal if and only if (SHA-256) the policies are."""
-        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        if not self._key:
+            canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+            object.__setattr__(self, "_key", hashlib.sha256(canonical.encode()).hexdigest()[:16])
+        return self._key
 
 
 def _record(what: str, data: Any, allowed: set[str] | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import random
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from math import prod
 from pathlib import Path
@@ -279,11 +279,11 @@ class Space:
         layers = {}
         scheme = point.get("scheme", self.file.layers.scheme[0])
         for name in self.bits:
-            layers[name] = LayerChoice(
-                bits=int(_at(self.bits[name], point, f"bits/{name}")),
-                sparsity=_at(self.sparsity[name], point, f"sparsity/{name}"),
-                scheme=scheme,  # type: ignore[arg-type]  # Policy validates it
+            bits, zeros = (
+                _at(self.bits[name], point, f"bits/{name}"),
+                _at(self.sparsity[name], point, f"sparsity/{name}"),
             )
+            layers[name] = _choice(int(bits), zeros, scheme)
         keep = {name: _at(ratios, point, f"keep/{name}") for name, ratios in self.keep.items()}
         criterion = point.get("criterion", self.file.channels.criterion[0])
         solver = point.get("solver", self.file.layers.solver[0])
@@ -426,6 +426,12 @@ class Space:
     def with_recovery(self, parent: Policy, point: Mapping[str, Value], epochs: int) -> Policy:
         """`parent` with `epochs` of the recovery training at `point`."""
         return replace(parent, recovery=self._recovery(self.encode(parent) | dict(point), epochs))
+
+
+@cache
+def _choice(bits: int, sparsity: float, scheme: Any) -> LayerChoice:
+    """Few differ and each is checked when it is made."""
+    return LayerChoice(bits, sparsity, scheme)
 
 
 def section_bytes(layer: Layer, shape: Shape, choice: LayerChoice) -> int:

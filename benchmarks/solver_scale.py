@@ -7,7 +7,8 @@ to padded menus; `front` is the table and the solutions for 16 budgets; `greedy`
 one proposal needs. Times are medians with the least and the most of the repetitions, in one thread; MiB is the peak
 that tracemalloc sees while the front is solved once more. The gap is how far the loss is above the lower bound of the
 linear relaxation, in % of what the budget wins over the cheapest choice: median and worst of the budgets. Prints a
-table and ends with one JSON line: `solve_s` and `solve_mib` of 1,000 layers x 50 levels, `greedy_ms` of 60 layers x 20.
+table and ends with one JSON line: `solve_s` and `solve_mib` of 1,000 layers x 50 levels, `greedy_ms` of 60 layers x 20,
+`proposal_ms` of the whole controller (60 layers, 25 levels each, pairwise interactions, after 1,000 evaluations).
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from synthetic import Synthetic
+
 from autocompress.controllers.knapsack import Menu, Solution, bound, front, greedy, prepare
+from autocompress.controllers.registry import make_controller
+from autocompress.profile import measure as measure_profile
+from autocompress.trial import Budget
 
 LAYERS = (10, 30, 60, 100, 300, 1000)
 LEVELS = (10, 20, 50, 100)
@@ -98,12 +104,35 @@ def measure(layers: int, levels: int, repetitions: int) -> dict[str, Any]:
     }
 
 
+def proposals(evaluations: int = 1000, count: int = 100) -> dict[str, list[float]]:
+    """Seconds of the whole controller's `ask` and `tell` at 60 layers, after so many evaluations."""
+    problem = Synthetic(60)
+    profile = measure_profile(problem, problem.space, "benchmark", lambda *_: None, perf_counter)
+    budget = Budget(bytes=problem.graph.dense_bytes // 4)
+    controller = make_controller("solver", problem.space, budget, problem.predict, 0, profile)
+    asked, told = [], []
+    for _ in range(evaluations + count):
+        start = perf_counter()
+        policy = controller.ask()
+        middle = perf_counter()
+        evaluation = problem(policy)
+        end = perf_counter()
+        controller.tell(evaluation)
+        asked.append(middle - start)
+        told.append(perf_counter() - end)
+    return {name: [median(x), min(x), max(x)] for name, x in (("ask", asked[-count:]), ("tell", told[-count:]))}
+
+
 def apart(layers: int, levels: int, repetitions: int) -> dict[str, Any]:
     """One size in a fresh process of one thread."""
-    size = ["--one", str(layers), str(levels), "--repetitions", str(repetitions)]
+    return alone("--one", str(layers), str(levels), "--repetitions", str(repetitions))
+
+
+def alone(*arguments: str) -> dict[str, Any]:
+    """What this file prints for `arguments` in a fresh process of one thread."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     done = subprocess.run(
-        [sys.executable, __file__, *size], check=True, stdout=subprocess.PIPE, env={**os.environ, **threads}
+        [sys.executable, __file__, *arguments], check=True, stdout=subprocess.PIPE, env={**os.environ, **threads}
     )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -125,9 +154,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5, help="of profile and front; 20 times as many of greedy")
     parser.add_argument("--one", type=int, nargs=2, metavar=("LAYERS", "LEVELS"), help="measure one size, as JSON")
+    parser.add_argument("--proposals", action="store_true", help="measure the controller's proposals, as JSON")
     given = parser.parse_args()
     if given.one:
         print(json.dumps(measure(given.one[0], given.one[1], given.repetitions)))
+        return
+    if given.proposals:
+        print(json.dumps(proposals()))
         return
     print(
         f"{'layers':>6} {'levels':>6} {'profile ms':>24} {'front ms':>27} {'MiB':>7} {'greedy ms':>24} "
@@ -138,6 +171,12 @@ def main() -> None:
         for levels in LEVELS:
             results[layers, levels] = apart(layers, levels, given.repetitions)
             print(line(layers, levels, results[layers, levels]), flush=True)
+    whole = alone("--proposals")
+    for name, (middle, least, most) in whole.items():
+        print(
+            f"{name} of the solver controller, 60 layers, after 1,000 evaluations: {1e3 * middle:.2f} ms "
+            f"({1e3 * least:.2f} to {1e3 * most:.2f}), n = 100"
+        )
     large, usual = results[1000, 50], results[60, 20]
     summary = {
         "repetitions": given.repetitions,
@@ -145,6 +184,8 @@ def main() -> None:
         "solve_s": round(large["front_s"][0], 4),
         "solve_mib": round(large["front_mib"], 1),
         "profile_ms": round(1e3 * large["profile_s"][0], 2),
+        "proposal_ms": round(1e3 * whole["ask"][0], 2),
+        "tell_ms": round(1e3 * whole["tell"][0], 2),
         "greedy_ms": round(1e3 * usual["greedy_s"][0], 3),
         "gap_percent": round(large["front_gap"][1], 5),
     }

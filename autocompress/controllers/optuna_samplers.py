@@ -66,6 +66,7 @@ class OptunaController:
         self._sampler, self._space, self._budget, self._predict, self._seed = sampler, space, budget, predict, seed
         self._baselines = deque(p for p in space.baselines() if self._excess(p) <= 0)
         self._pending: dict[str, Trial] = {}
+        self._waiting = 0
         self._repair: Policy | None = None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         directions: list[Any] = ["minimize"] * (2 if budget.ms is None else 3)
@@ -82,13 +83,13 @@ class OptunaController:
 
     def ask(self, parent: Policy | None = None, epochs: int = 0) -> Policy:
         """See `Controller`. The sampler's generator depends on the seed and the trial's number alone."""
-        number = len(self.study.get_trials(deepcopy=False))
+        number = len(self.study.get_trials(deepcopy=False)) + self._waiting
+        if parent is None and (proposal := self._propose(number)) is not None:
+            self._waiting += 1  # nothing is left to sample: the study learns of it when it is told
+            return proposal
         self.study.sampler = SAMPLERS[self._sampler](mix(self._seed, number))
-        proposal = parent if parent is not None else self._propose(number)
-        if proposal is not None:
-            if parent is None:  # nothing is left to sample
-                self.study.sampler = RandomSampler(seed=mix(self._seed, number))
-            self.study.enqueue_trial(self._space.encode(proposal))
+        if parent is not None:
+            self.study.enqueue_trial(self._space.encode(parent))
         trial = self._ask(recovery=parent is not None)
         if parent is not None:
             policy = self._space.with_recovery(parent, trial.params, epochs)
@@ -114,6 +115,7 @@ class OptunaController:
         """See `Controller`."""
         trial = self._pending.pop(evaluation.policy.key(), None)
         if trial is None:
+            self._waiting = max(0, self._waiting - 1)
             self.study.add_trial(self._frozen(evaluation))
         else:
             self._finish(trial, evaluation)
@@ -153,8 +155,8 @@ class OptunaController:
         """Ask as then, and tell: NSGA-II marks generations on the trials it is asked for."""
         policy, epochs = evaluation.policy, evaluation.policy.recovery.epochs
         asked = self.ask(policy.without_recovery(), epochs) if epochs else self.ask()
-        trial = self._pending.pop(asked.key())
-        self._pending[policy.key()] = trial
+        if asked.key() in self._pending:
+            self._pending[policy.key()] = self._pending.pop(asked.key())
         self.tell(evaluation)
 
     def _after(self, evaluation: Evaluation) -> None:

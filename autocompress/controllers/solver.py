@@ -256,9 +256,10 @@ class SolverController(OptunaController):
         """The policy of `choice`; with less room if its file is over the budget after all, since headers vary."""
         policy = self._policy(choice)
         for _ in range(4):
-            excess = self._predict(policy).bytes - (self._budget.bytes or math.inf)
+            known = self._predict(policy)
+            excess = known.bytes - (math.inf if self._budget.bytes is None else self._budget.bytes)
             if excess <= 0:
-                return policy if self._excess(policy) <= 0 else None
+                return policy if self._budget.static().excess(known) <= 0 else None
             instance, _ = self._instance(choice.keep)
             levels = np.array(choice.levels)
             room = int(instance.costs[0][np.arange(len(levels)), levels].sum() - excess)

@@ -195,11 +195,11 @@ class LayerDatabase:
 
     def knows(self, layer: Layer) -> bool:
         """Whether there are usable statistics for this layer."""
-        return self._statistics(layer) is not None
+        return self.statistics(layer) is not None
 
     def solve(self, layer: Layer, choice: LayerChoice) -> Stored:
         """The layer's weight under `choice`."""
-        weight, h = self._state[layer.weight], self._statistics(layer)
+        weight, h = self._state[layer.weight], self.statistics(layer)
         count = choice.zeros(weight.numel())
         if h is None or (choice.bits >= 16 and not count):
             return quantise(weight, choice, magnitude_mask(weight, count))
@@ -237,14 +237,14 @@ class LayerDatabase:
 
     def _power(self, layer: Layer, weight: Tensor) -> float:
         """tr(W H W^T), in single precision but for the last sum."""
-        h, rows = self._statistics(layer), weight.flatten(1)
+        h, rows = self.statistics(layer), weight.flatten(1)
         if h is None:
             return float(rows.square().sum(dtype=torch.float64))
         if h.ndim == 1:
             return float((rows.square() * h[:, None]).sum(dtype=torch.float64))
         return max(0.0, float((times(rows, h) * rows).sum(dtype=torch.float64)))
 
-    def _statistics(self, layer: Layer) -> Tensor | None:
+    def statistics(self, layer: Layer) -> Tensor | None:
         """Normalised H (groups, d, d) float32, an embedding's frequencies (rows,), or None."""
         if layer.name not in self._h:
             given = self._given.get(layer.name)
@@ -300,7 +300,7 @@ class LayerDatabase:
         """Stands for all that decides this layer's order and, with the choice, its solutions."""
         if layer.name not in self._keys:
             weight = self._state[layer.weight]
-            self._keys[layer.name] = digest(VERSION, weight, self._statistics(layer), layer.groups, layer.kind)
+            self._keys[layer.name] = digest(VERSION, weight, self.statistics(layer), layer.groups, layer.kind)
         return self._keys[layer.name]
 
     def _read(self, key: str, layer: Layer, choice: LayerChoice) -> Stored | None:

@@ -50,7 +50,7 @@ class QualityMeter:
 
     def __init__(self, task: Task, dense: nn.Module, split: Split = "val", part: Sequence[Batch] | None = None) -> None:
         """`part` holds the batches to score on instead of all of `split`; the task must have `score_batches`."""
-        self._task, self._split, self._part = task, split, part
+        self._task, self._split, self.part = task, split, part
         self._reference: list[Any] = []
         self._bytes, self._full = 0, False
         handle = dense.register_forward_hook(self._record)
@@ -60,9 +60,9 @@ class QualityMeter:
             handle.remove()
 
     def _score(self, model: nn.Module) -> float:
-        if self._part is None:
+        if self.part is None:
             return float(self._task.score(model, self._split))
-        return float(self._task.score_batches(model, self._part))  # type: ignore[attr-defined]  # optional member
+        return float(self._task.score_batches(model, self.part))  # type: ignore[attr-defined]  # optional member
 
     def _record(self, module: nn.Module, given: Any, outputs: Any) -> None:  # noqa: ARG002
         size = sum(t.numel() * t.element_size() for t in tensors(outputs))
