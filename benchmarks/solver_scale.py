@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from synthetic import Synthetic
 
 from autocompress.controllers.knapsack import Menu, Solution, bound, front, greedy, prepare

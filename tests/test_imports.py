@@ -79,7 +79,19 @@ def of(package: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["errors", "policy", "trial", "front", "space", "graph", "controllers.base", "controllers.knapsack"]
+    "module",
+    [
+        "errors",
+        "policy",
+        "trial",
+        "front",
+        "space",
+        "graph",
+        "profile",
+        "controllers.base",
+        "controllers.surrogate",
+        "controllers.knapsack",
+    ],
 )
 def test_plain_modules_reach_no_torch(module: str) -> None:
     found = reached(f"autocompress.{module}")

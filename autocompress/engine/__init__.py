@@ -31,7 +31,7 @@ from autocompress.task import Batch, Task, length, probe
 from autocompress.trace import trace
 
 CALIBRATION_INPUTS = 512
-REESTIMATION_INPUTS = 256
+REESTIMATION_INPUTS = 128
 """Enough, since the statistics are anchored to the dense model's."""
 DATABASE_INPUTS = 1024
 _CACHE_BYTES = 512 * 2**20

@@ -24,7 +24,7 @@ class Quality:
     loss: float
 
 
-SCREEN_INPUTS = 2048
+SCREEN_INPUTS = 1024
 """Inputs that a candidate is screened on. On 256 a search learns the inputs; from 1,000 on it learns the model."""
 LARGE = 1.5
 """A split this many times larger is screened first; a smaller one is always scored whole."""

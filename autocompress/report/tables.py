@@ -26,6 +26,7 @@ COLUMNS = {
     "macs": "int64",
     "loss": "float64",
     "feasible": "bool",
+    "screened": "bool",
     "policy": "str",
     "artifact": "str",
 }
@@ -114,6 +115,7 @@ def row(trial: Trial, budget: Budget) -> dict[str, Any]:
         "macs": measured.macs,
         "loss": measured.loss,
         "feasible": budget.excess(measured) <= 0,
+        "screened": trial.evaluation.screened,
         "policy": trial.evaluation.policy.key(),
         "artifact": trial.artifact,
     }
