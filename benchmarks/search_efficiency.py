@@ -4,10 +4,11 @@
     python benchmarks/search_efficiency.py --data DIR --checkpoint resnet20_cifar10.pt    # and ResNet-20
 
 The hypervolume is the area under the best quality within each number of bytes, from chance to the largest possible
-quality and from `LOW` to `HIGH` of the dense bytes on a log scale, as a share of that rectangle. `solver` is told the
-upper end as its budget. `tpe`, `nsga2` and `random` are told nothing; `plain` means without the uniform policies that
-`--controller` starts them with, which is how these samplers are usually run. Every evaluation counts; the profile,
-which the solver needs once per model, is listed beside. Prints a table per problem and ends with one JSON line.
+quality and from the smallest file of the space to a quarter of the dense bytes on a log scale, as a share of that
+rectangle. `solver` is told the upper end as its budget. `tpe`, `nsga2` and `random` are told nothing; `plain` means
+without the uniform policies that `--controller` starts them with, which is how these samplers are usually run. Every
+evaluation counts; the profile, which the solver needs once per model, is listed beside. `--points` keeps what was
+measured: a run that is found there is not repeated. Prints a table per problem and ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -37,6 +38,7 @@ RIVALS = ("tpe", "nsga2", "random")
 EVALUATIONS = 400
 MARKS = (5, 10, 20, 50, 100, 200, 400)
 SCREEN_INPUTS = 1024
+HIGH = 0.25
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,13 @@ def area(problem: Problem, points: Points) -> float:
     return total / ((1 - problem.chance) * math.log(high / low))
 
 
-def run(problem: Problem, name: str, seed: int, evaluations: int) -> list[float]:
+def volumes_of(problem: Problem, points: Points) -> list[float]:
     """The hypervolume after every evaluation."""
+    return [area(problem, points[: i + 1]) for i in range(len(points))]
+
+
+def run(problem: Problem, name: str, seed: int, evaluations: int) -> Points:
+    """What every evaluation measured."""
     plain = name.endswith("-plain")
     budget = Budget(bytes=int(problem.high * problem.dense_bytes)) if name == "solver" else Budget()
     controller = make_controller(
@@ -79,19 +86,18 @@ def run(problem: Problem, name: str, seed: int, evaluations: int) -> list[float]
     if plain:
         _forget_baselines(controller)
     points: Points = []
-    volumes = []
     start = perf_counter()
     for i in range(evaluations):
         evaluation = problem.evaluate(controller.ask())
         controller.tell(evaluation)
-        if evaluation.measurement is not None:
-            points.append((evaluation.measurement.bytes, evaluation.measurement.quality))
-        volumes.append(area(problem, points))
+        measured = evaluation.measurement
+        points.append((problem.dense_bytes, 0.0) if measured is None else (measured.bytes, measured.quality))
         if (i + 1) in MARKS:
             print(
-                f"  {problem.name} {name} {seed}: {i + 1} {volumes[-1]:.4f} {perf_counter() - start:.0f} s", flush=True
+                f"  {problem.name} {name} {seed}: {i + 1} {area(problem, points):.4f} {perf_counter() - start:.0f} s",
+                flush=True,
             )
-    return volumes
+    return points
 
 
 def _forget_baselines(controller: OptunaController) -> None:
@@ -103,12 +109,26 @@ def profile_of(measures: Measures, space: Space) -> Profile:
     return measure(measures, space, "benchmark", lambda *_: None, perf_counter)
 
 
+def smallest(space: Space, predict: Predict, profile: Profile) -> int:
+    """Bytes of the smallest file."""
+    layers = {layer.name: min(layer.levels, key=lambda level: level.bytes).choice for layer in profile.layers}
+    return predict(replace(space.smallest(), layers=layers)).bytes
+
+
 def synthetic(seed: int) -> Problem:
     """Sixty layers."""
     made = Synthetic(seed=seed)
     profile = profile_of(made, made.space)
     return Problem(
-        f"synthetic-{seed}", made.space, made, made.predict, profile, made.graph.dense_bytes, 0.04, 0.25, 0.1
+        f"synthetic-{seed}",
+        made.space,
+        made,
+        made.predict,
+        profile,
+        made.graph.dense_bytes,
+        smallest(made.space, made.predict, profile) / made.graph.dense_bytes,
+        HIGH,
+        0.1,
     )
 
 
@@ -127,7 +147,7 @@ class Screened:
         return self._known[key]
 
 
-def real(name: str, task: Task, low: float, high: float) -> Problem:
+def real(name: str, task: Task) -> Problem:
     """A task, in the layer choices of the default space."""
     screened = Screened(task)
     evaluator = screened.evaluator
@@ -136,21 +156,48 @@ def real(name: str, task: Task, low: float, high: float) -> Problem:
     space = Space(file.model_copy(update={"channels": channels}), evaluator.graph)
     profile = profile_of(evaluator, space)
     print(f"{name}: profile of {profile.evaluations} evaluations in {profile.seconds:.0f} s", flush=True)
-    return Problem(name, space, screened, evaluator.predict, profile, evaluator.graph.dense_bytes, low, high, 0.1)
+    dense = evaluator.graph.dense_bytes
+    low = smallest(space, evaluator.predict, profile) / dense
+    return Problem(name, space, screened, evaluator.predict, profile, dense, low, HIGH, 0.1)
 
 
-def compare(problems: list[Problem], seeds: list[int], names: list[str], evaluations: int) -> dict[str, object]:
+class Known:
+    """Runs that were measured before, in files of one JSON object per line; new ones are added to the first file."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = files
+        lines = [line for path in files if path.is_file() for line in path.read_text().splitlines()]
+        self._runs = {
+            (r["problem"], r["name"], r["seed"], len(r["points"])): r["points"] for r in map(json.loads, lines)
+        }
+
+    def points(self, problem: Problem, name: str, seed: int, evaluations: int) -> Points:
+        """Of one run, from the files or measured now."""
+        key = problem.name, name, seed, evaluations
+        if key not in self._runs:
+            self._runs[key] = run(problem, name, seed, evaluations)
+            if self._files:
+                entry = {"problem": problem.name, "name": name, "seed": seed, "points": self._runs[key]}
+                with self._files[0].open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+        return [(int(size), float(quality)) for size, quality in self._runs[key]]
+
+
+def compare(problems: list[Problem], seeds: list[int], counts: dict[str, int], known: Known) -> dict[str, object]:
     """Table and figures of problems of one kind: medians over problems and seeds."""
-    volumes = {name: [run(p, name, s, evaluations) for p in problems for s in seeds] for name in names}
-    marks = [m for m in MARKS if m <= evaluations]
+    volumes = {
+        name: [volumes_of(p, known.points(p, name, s, count)) for p in problems for s in seeds]
+        for name, count in counts.items()
+    }
+    marks = [m for m in MARKS if m <= max(counts.values())]
     print("| controller | " + " | ".join(f"{m}" for m in marks) + " | least to most at the end |")
     print("|---|" + "---:|" * (len(marks) + 1))
     for name, runs in volumes.items():
-        at = [f"{median(v[m - 1] for v in runs):.3f}" for m in marks]
+        at = [f"{median(v[m - 1] for v in runs):.3f}" if m <= counts[name] else "" for m in marks]
         ends = [v[-1] for v in runs]
         print(f"| {name} | " + " | ".join(at) + f" | {min(ends):.3f} to {max(ends):.3f} |", flush=True)
     end = {name: median(v[-1] for v in runs) for name, runs in volumes.items()}
-    fifty = median(v[min(49, evaluations - 1)] for v in volumes["solver"])
+    fifty = median(v[min(49, len(v) - 1)] for v in volumes["solver"])
     found: dict[str, object] = {"runs": len(volumes["solver"]), "final": end, "hv50": fifty}
     for kind in ("", "-plain"):
         rivals = {n: v for n, v in end.items() if n != "solver" and n.endswith("-plain") == bool(kind)}
@@ -172,24 +219,35 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=EVALUATIONS)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the synthetic problem and of digits (default 3)")
     parser.add_argument("--only", choices=["synthetic", "digits", "cifar10"], help="one problem alone")
+    parser.add_argument("--points", type=Path, nargs="*", default=[], help="files of what was measured")
+    parser.add_argument("--names", nargs="*", help="measure these controllers alone, for --points; no table")
+    parser.add_argument("--solver-evaluations", type=int, help="ResNet-20: fewer for the solver, which needs few")
+    parser.add_argument("--baselines", action="store_true", help="ResNet-20 also for rivals with baselines (slow)")
     given = parser.parse_args()
     seeds = list(range(given.seeds))
     both = ["solver", *(f"{n}-plain" for n in RIVALS), *RIVALS]
+    known = Known(given.points)
     results: dict[str, object] = {"evaluations": given.evaluations}
     if given.only in (None, "synthetic"):
         problems = [synthetic(seed) for seed in seeds]
-        results["synthetic"] = compare(problems, [0], both, given.evaluations)
+        results["synthetic"] = compare(problems, [0], dict.fromkeys(both, given.evaluations), known)
     if given.only in (None, "digits"):
-        problem = real("digits", load_task("digits"), 0.008, 0.06)
-        results["digits"] = compare([problem], seeds, both, given.evaluations)
+        problem = real("digits", load_task("digits"))
+        results["digits"] = compare([problem], seeds, dict.fromkeys(both, given.evaluations), known)
     if given.data is not None and given.only in (None, "cifar10"):
         task = load_task("cifar10", data=given.data, checkpoint=given.checkpoint)
-        problem = real("cifar10", task, 0.04, 0.25)
+        problem = real("cifar10", task)
+        names = ["solver", *(f"{n}-plain" for n in RIVALS), *(RIVALS if given.baselines else ())]
+        if given.names:
+            for name in given.names:
+                known.points(problem, name, 0, given.evaluations)
+            return
+        counts = dict.fromkeys(names, given.evaluations) | {"solver": given.solver_evaluations or given.evaluations}
         cost = {
             "profile_evaluations": problem.profile.evaluations,
             "profile_seconds": round(problem.profile.seconds, 1),
         }
-        found = compare([problem], [0], [n for n in both if n not in ("nsga2", "random")], given.evaluations) | cost
+        found = compare([problem], [0], counts, known) | cost
         results |= {"cifar10": found} | {k: v for k, v in found.items() if k.startswith(("evals_", "hv50_over"))}
     print(json.dumps(results))
 
