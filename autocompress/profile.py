@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from autocompress.errors import RunError
+from autocompress.errors import PolicyError, RunError
 from autocompress.graph import Graph, Layer
 from autocompress.policy import LayerChoice, Policy, Solver
 from autocompress.space import Space
@@ -83,7 +83,7 @@ class Profile:
                 int(data["evaluations"]),
                 float(data["seconds"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, PolicyError) as error:
             raise RunError(f"the stored profile cannot be read: {error}") from None
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from autocompress import Batch, ClassificationTask, Workbench, compress
 from autocompress.engine import recalibrate
-from autocompress.engine.recalibrate import fold, norms, reestimate
+from autocompress.engine.recalibrate import anchored, fold, norms, reestimate
 from autocompress.graph import Graph
 from autocompress.policy import LayerChoice, Policy, Recovery
 from autocompress.stored import Full, Half, Quantised, StoredModel, round_to_half
@@ -261,3 +261,29 @@ def test_a_norm_along_other_channels_than_the_layers_stays() -> None:
 def test_a_norm_after_an_embedding_stays() -> None:
     model = settle(nn.Sequential(nn.Embedding(20, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
     assert trace(model, torch.arange(8)).folded(FOLDED) == {}
+
+
+# --- anchoring ---
+
+
+def test_statistics_that_equal_the_dense_models_become_its_running_ones() -> None:
+    batch = {"bn.running_mean": torch.tensor([1.0, 2.0]), "bn.running_var": torch.tensor([0.5, 4.0])}
+    running = {"bn.running_mean": torch.tensor([1.5, 1.0]), "bn.running_var": torch.tensor([0.25, 4.0])}
+    found = anchored(batch, batch, running)
+    for name, value in running.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_means_shift_and_variances_scale_as_much_as_on_the_same_batches() -> None:
+    batch = {"running_mean": torch.tensor([1.0]), "running_var": torch.tensor([2.0])}
+    running = {"running_mean": torch.tensor([1.5]), "running_var": torch.tensor([3.0])}
+    found = anchored({"running_mean": torch.tensor([1.25]), "running_var": torch.tensor([1.0])}, batch, running)
+    torch.testing.assert_close(found["running_mean"], torch.tensor([1.75]))
+    torch.testing.assert_close(found["running_var"], torch.tensor([1.5]))
+
+
+def test_channel_that_the_batches_leave_silent_gives_finite_statistics() -> None:
+    zero, one = {"running_mean": torch.zeros(1), "running_var": torch.zeros(1)}, torch.ones(1)
+    found = anchored(zero, zero, {"running_mean": one, "running_var": one})
+    assert torch.isfinite(found["running_var"]).all()
+    assert (found["running_var"] >= 0).all()

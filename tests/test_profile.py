@@ -1,0 +1,119 @@
+"""A profile: which levels it keeps, what it measures, and that it comes back as it was written."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from fakes import GRAPH, FakeEvaluator, make_graph, make_profile, make_space
+
+from autocompress.errors import RunError
+from autocompress.policy import LayerChoice, Policy
+from autocompress.profile import BROKEN_LOSS, Profile, levels_of, measure, profile_key, with_groups
+
+TEXT = "[layers]\nbits = [2, 4, 8]\nsparsity = [0.0, 0.5]\n"
+
+
+class Counting(FakeEvaluator):
+    """Remembers the policies whose loss was asked for."""
+
+    asked: list[Policy]
+
+    def loss(self, policy: Policy) -> float:
+        self.asked = [*getattr(self, "asked", []), policy]
+        return super().loss(policy)
+
+
+def made(measures: FakeEvaluator, text: str = TEXT) -> Profile:
+    return measure(measures, make_space(text), "key", lambda *_: None, iter(range(100)).__next__)
+
+
+def test_each_layer_is_evaluated_once_and_alone() -> None:
+    counting = Counting()
+    profile = made(counting)
+    assert [set(p.layers) for p in counting.asked] == [{layer.name} for layer in GRAPH.layers]
+    assert profile.evaluations == len(GRAPH.layers)
+    assert profile.seconds == 1
+
+
+def test_sensitivity_times_error_is_the_measured_loss_at_the_probed_level() -> None:
+    counting = Counting()
+    profile = made(counting)
+    for layer, policy in zip(profile.layers, counting.asked, strict=True):
+        probed = policy.layers[layer.name]
+        (loss,) = [x for level, x in zip(layer.levels, layer.losses(), strict=True) if level.choice == probed]
+        assert loss == pytest.approx(FakeEvaluator().loss(policy))
+
+
+def test_only_levels_that_another_beats_in_bytes_and_error_are_left_out() -> None:
+    space, fake = make_space(TEXT), FakeEvaluator()
+    for layer in GRAPH.layers:
+        every = [fake.level(layer, LayerChoice(bits, zeros), "nearest") for bits in (2, 4, 8) for zeros in (0.0, 0.5)]
+        kept = levels_of(fake, space, layer)
+        for level in every:
+            beaten = any(x.bytes <= level.bytes and x.error < level.error for x in every)
+            assert (level in kept) == (not beaten)
+
+
+def test_model_that_breaks_at_the_probe_is_as_sensitive_as_can_be() -> None:
+    class Breaking(FakeEvaluator):
+        def loss(self, policy: Policy) -> float:
+            if "conv1" in policy.layers or policy.keep:
+                raise FloatingPointError("nan")
+            return super().loss(policy)
+
+    profile = with_groups(made(Breaking()), Breaking(), make_space(), lambda *_: None, lambda: 0.0)
+    first = profile.layers[0]
+    assert max(first.losses()) >= BROKEN_LOSS
+    assert {group.loss for group in profile.groups} == {BROKEN_LOSS}
+
+
+def test_progress_ends_complete() -> None:
+    seen: list[tuple[int, int]] = []
+    measure(FakeEvaluator(), make_space(TEXT), "key", lambda done, total, _: seen.append((done, total)), lambda: 0.0)
+    assert seen[-1][0] == seen[-1][1]
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_json_brings_back_an_equal_profile() -> None:
+    profile = make_profile(make_space())
+    assert profile.groups
+    assert Profile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d.pop("layers"),
+        lambda d: d["layers"][0].update(sensitivity=float("nan")),
+        lambda d: d["layers"][0]["levels"][0].update(error="much"),
+        lambda d: d["layers"][0]["levels"][0]["choice"].update(bits=9),
+        lambda d: d["layers"][0]["levels"][0]["choice"].update(code="import os"),
+        lambda d: d.update(groups=[1]),
+    ],
+)
+def test_damaged_profile_is_refused(damage: Any) -> None:
+    data = json.loads(json.dumps(make_profile(make_space()).to_json()))
+    damage(data)
+    with pytest.raises(RunError, match="profile"):
+        Profile.from_json(data)
+
+
+def test_anything_but_an_object_is_refused() -> None:
+    for data in (None, 1, [], "x"):
+        with pytest.raises(RunError):
+            Profile.from_json(data)
+
+
+def test_key_changes_with_model_data_and_levels_and_with_nothing_else() -> None:
+    key = profile_key(make_space(), {"weights": "a"})
+    assert profile_key(make_space(), {"weights": "a"}) == key
+    others = [
+        profile_key(make_space(), {"weights": "b"}),
+        profile_key(make_space(TEXT), {"weights": "a"}),
+        profile_key(make_space(TEXT + 'scheme = ["asymmetric"]\n'), {"weights": "a"}),
+        profile_key(make_space(TEXT + 'solver = ["database"]\n'), {"weights": "a"}),
+        profile_key(make_space(graph=make_graph(lambda name: f"x{name}")), {"weights": "a"}),
+    ]
+    assert len({key, *others}) == 6
