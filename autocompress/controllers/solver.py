@@ -136,11 +136,15 @@ class SolverController(OptunaController):
         return self._solved(keep, self._target(draw), sampled)
 
     def _seed_target(self, number: int) -> int:
-        """The budget first, then the middle of the front, and so on, evenly in log bytes (van der Corput)."""
+        """The budget first, then the middle of the front, and so on, evenly in log bytes (van der Corput).
+
+        Of two halves the smaller sizes come first: there the front falls, so there a point is worth more.
+        """
         low, high = self._range
         share, place, n = 0.0, 0.5, number
         while n:
             share, place, n = share + place * (n & 1), place / 2, n >> 1
+        share = 1 - share if number else 0.0
         return int(high * (low / high) ** share)
 
     def _target(self, draw: np.random.Generator) -> int:
