@@ -109,9 +109,11 @@ class Evaluator:
         evaluation with its traceback; a policy of another model raises `PolicyError`.
         """
         start = time.perf_counter()
+        meter = self.screen if screen and self.screen else self.quality
+        screened = meter is self.screen
         try:
             compressed, model = self.build(policy, progress)
-            measured = self._measure(compressed, model, self.screen if screen and self.screen else self.quality)
+            measured = self._measure(compressed, model, meter)
             if keep is not None:
                 write(keep, self.pack(compressed, measured.quality))
             return Evaluation(
@@ -121,7 +123,7 @@ class Evaluator:
                 "ok",
                 measured,
                 seconds=time.perf_counter() - start,
-                screened=screen and self.screens,
+                screened=screened,
             )
         except PolicyError:
             raise
@@ -133,6 +135,7 @@ class Evaluator:
                 "failed",
                 error=traceback.format_exc(limit=-6),
                 seconds=time.perf_counter() - start,
+                screened=screened,
             )
 
     def build(self, policy: Policy, progress: Progress | None = None) -> tuple[Compressed, nn.Module]:

@@ -79,22 +79,31 @@ class Profile:
             return cls(
                 str(data["key"]),
                 tuple(_layer(row) for row in data["layers"]),
-                tuple(GroupProfile(str(g["name"]), float(g["keep"]), _finite(g["loss"])) for g in data["groups"]),
+                tuple(_group_profile(row) for row in data["groups"]),
                 int(data["evaluations"]),
-                float(data["seconds"]),
+                _finite(data["seconds"]),
             )
-        except (KeyError, TypeError, ValueError, PolicyError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, PolicyError) as error:
             raise RunError(f"the stored profile cannot be read: {error}") from None
 
 
 def _layer(row: Any) -> LayerProfile:
     levels = tuple(Level(LayerChoice(**x["choice"]), int(x["bytes"]), _finite(x["error"])) for x in row["levels"])
+    if not levels or min(level.bytes for level in levels) < 0:
+        raise ValueError(f"layer {row['name']!r} has no levels, or one of less than no bytes")
     return LayerProfile(str(row["name"]), levels, _finite(row["sensitivity"]))
 
 
+def _group_profile(row: Any) -> GroupProfile:
+    if not 0 < (keep := float(row["keep"])) <= 1:
+        raise ValueError(f"the share {keep} of channels is not in (0, 1]")
+    return GroupProfile(str(row["name"]), keep, _finite(row["loss"]))
+
+
 def _finite(value: Any) -> float:
-    if not math.isfinite(number := float(value)):
-        raise ValueError(f"{value} is not finite")
+    number = float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{value} is not a finite number of 0 or more")
     return number
 
 
@@ -120,9 +129,13 @@ Watch = Callable[[int, int, str], None]
 
 
 def profile_key(space: Space, identity: object) -> str:
-    """Equal if a profile can be reused: the same model, data and levels. `identity` stands for model and data."""
+    """Equal if a profile can be reused: the same model, data, levels, and ways to build what is probed.
+
+    `identity` stands for model and data.
+    """
     levels = [(layer.name, space.bits[layer.name], space.sparsity[layer.name]) for layer in space.graph.layers]
-    what = [VERSION, identity, levels, sorted(space.keep.items()), space.preferred("scheme"), space.preferred("solver")]
+    ways = [space.preferred(name) for name in ("scheme", "solver", "criterion", "batch_norm/reestimate")]
+    what = [VERSION, identity, levels, sorted(space.keep.items()), ways]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -241,9 +241,8 @@ class Study:
             known = self._known[policy.key(), screen]
             self._settle(replace(known.evaluation, copy_of=known.number, seconds=0.0, rung=rung))
         elif attempts > MAX_ATTEMPTS:
-            self._settle(
-                Evaluation(policy, seed, rung, "failed", error=f"its process ended {MAX_ATTEMPTS} times while it ran")
-            )
+            error = f"its process ended {MAX_ATTEMPTS} times while it ran"
+            self._settle(Evaluation(policy, seed, rung, "failed", error=error, screened=screen))
         elif (excessive := self._excessive(policy)) is not None:
             self._settle(Evaluation(policy, seed, rung, "infeasible", excessive))
         else:
@@ -282,8 +281,9 @@ class Study:
         return sum(1 for t in self.trials if self._is_shot(t.evaluation) and _measured(t.evaluation))
 
     def _is_shot(self, evaluation: Evaluation) -> bool:
-        """Whether the controller proposed it: failures and refusals cannot tell, and promotions hardly ever fail."""
-        return evaluation.rung == 0 and (evaluation.screened or not self.evaluator.screens or evaluation.status != "ok")
+        """Whether the controller proposed it: where candidates are screened, what was scored whole is a promotion."""
+        whole = self.evaluator.screens and not evaluation.screened and evaluation.status != "infeasible"
+        return evaluation.rung == 0 and not whole
 
     def promote(self) -> None:
         """Score the best of what was screened on all of `val`: spread along the front, most of them near the budget.
@@ -315,7 +315,8 @@ class Study:
         count = min(len(front), max(PROMOTED_BEST, self.settings.trials // 5))
         spread = [front[i] for i in _spread(len(front), count)]
         promoted = {t.number: t.evaluation.policy for t in (*best, *spread)}
-        return [p for _, p in sorted(promoted.items()) if (p.key(), False) not in self._known]
+        tried = {e.policy.key() for e in (t.evaluation for t in self.trials) if not e.rung and not e.screened}
+        return [p for _, p in sorted(promoted.items()) if p.key() not in tried]
 
     def _idle(self) -> int:
         """Proposals since the last one-shot evaluation: how far an earlier part of the run had got to giving up."""
@@ -556,7 +557,7 @@ def _profile(evaluator: Evaluator, space: Space, budget: Budget, journal: Journa
     cached = cache_folder() / "profiles" / f"{key}.json"
     own = journal.fact("profile")
     known = [Profile.from_json(data) for data in (own, _read_profile(cached)) if data is not None]
-    profile = next((p for p in known if p.key == key), None)
+    profile = next((p for p in known if p.key == key and [x.name for x in p.layers] == list(space.bits)), None)
     groups = (budget.macs is not None or budget.ms is not None) and any(len(r) > 1 for r in space.keep.values())
     complete = profile is not None and (bool(profile.groups) or not groups)
     if own is None:
@@ -587,7 +588,7 @@ def _read_profile(path: Path) -> Any:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         Profile.from_json(stored)
-    except (OSError, ValueError, RunError, AutocompressError):
+    except (OSError, ValueError, RecursionError, RunError):
         return None
     return stored
 

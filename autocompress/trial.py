@@ -124,7 +124,8 @@ class Evaluation:
     """One candidate with what became of it.
 
     `infeasible` was refused before it was built, by its exact size. `copy_of` is the trial that measured the same
-    policy before; nothing was measured again. `screened` says that quality and loss are of a part of `val` only.
+    policy before; nothing was measured again. `screened` says that quality and loss are, or would have been, of a part
+    of `val` only.
     """
 
     policy: Policy

@@ -211,9 +211,9 @@ class FakeEvaluator:
     ) -> Evaluation:
         """Measure `policy` like the real evaluator: what goes wrong is a `failed` evaluation."""
         screened = screen and self.screens
+        self.screened.append(screened)  # before the fault: it may ask what this evaluation is
         fault = "kill" if len(self.calls) == self.kill_at else self.fault(policy, rung)
         self.calls.append((policy, rung, keep))
-        self.screened.append(screened)
         if fault == "kill":
             raise Killed
         start = time.perf_counter()
@@ -237,7 +237,8 @@ class FakeEvaluator:
                 write(keep, self.pack(compressed, quality.score))
         except (ValueError, FloatingPointError):
             seconds = time.perf_counter() - start
-            return Evaluation(policy, self.seed, rung, "failed", error=traceback.format_exc(limit=-6), seconds=seconds)
+            error = traceback.format_exc(limit=-6)
+            return Evaluation(policy, self.seed, rung, "failed", error=error, seconds=seconds, screened=screened)
         return Evaluation(
             policy, self.seed, rung, "ok", measured, seconds=time.perf_counter() - start, screened=screened
         )

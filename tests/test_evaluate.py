@@ -343,3 +343,65 @@ def test_files_differ_between_policies_only_by_what_the_policy_says(tmp_path: Pa
     evaluator(replace(policy, criterion="l1"))
     evaluator(policy, 0, tmp_path / "b.acz")
     assert (tmp_path / "a.acz").read_bytes() == (tmp_path / "b.acz").read_bytes()
+
+
+# --- screening, levels and losses -----------------------------------------------------------------------
+
+
+def with_val(count: int, kind: type[ClassificationTask] = ClassificationTask) -> ClassificationTask:
+    return kind(convolutional(), images(), images(count), images(), name="small", batch_size=128)
+
+
+def test_large_val_is_screened_on_request_and_only_then() -> None:
+    evaluator = Evaluator(with_val(2000), dense_ms=1.0)
+    policy = small_policy(evaluator)
+    part, whole = evaluator(policy, screen=True), evaluator(policy)
+    assert evaluator.screens
+    assert (part.screened, whole.screened) == (True, False)
+    inputs, targets = evaluator.task.split("val")
+    compressed, model = evaluator.build(policy)
+    with torch.no_grad():
+        right = (model(inputs).argmax(dim=1) == targets).double()
+    assert compressed.policy == policy
+    assert part.measurement is not None
+    assert whole.measurement is not None
+    assert part.measurement.quality == pytest.approx(float(right[:1024].mean()))
+    assert whole.measurement.quality == pytest.approx(float(right.mean()))
+    assert evaluator.loss(policy) == pytest.approx(part.measurement.loss) != whole.measurement.loss
+
+
+def test_small_val_is_never_screened() -> None:
+    evaluator = Evaluator(with_val(1200), dense_ms=1.0)
+    policy = small_policy(evaluator)
+    found = evaluator(policy, screen=True)
+    assert not evaluator.screens
+    assert not found.screened
+    assert found.measurement is not None
+    assert evaluator.loss(policy) == pytest.approx(found.measurement.loss)
+
+
+def test_failure_remembers_whether_it_was_screened() -> None:
+    task = with_val(2000, Unruly)
+    evaluator = Evaluator(task, dense_ms=1.0)
+    policy = small_policy(evaluator, epochs=1)
+    task.armed = "loss"  # type: ignore[attr-defined]
+    found = [evaluator(policy, screen=screen) for screen in (True, False)]
+    assert [(e.status, e.screened) for e in found] == [("failed", True), ("failed", False)]
+
+
+@pytest.mark.parametrize("solver", ["nearest", "database"])
+def test_level_has_the_bytes_of_its_section_and_the_error_that_its_solution_makes(solver: Any) -> None:
+    evaluator = Evaluator(classification(), dense_ms=1.0)
+    for layer in evaluator.graph.layers:
+        levels = [evaluator.level(layer, choice, solver) for choice in (LayerChoice(), LayerChoice(8), SMALL)]
+        assert levels[0].error == pytest.approx(0.0, abs=1e-9)
+        assert 0 < levels[1].error < levels[2].error < 1
+        for level in levels:
+            policy = Policy({layer.name: level.choice}, solver=solver)
+            header = evaluator.header(evaluator.build(policy)[0])
+            assert {entry.name: entry.nbytes for entry in header.entries}[layer.weight] == level.bytes
+
+
+def test_dense_model_has_no_loss() -> None:
+    evaluator = Evaluator(classification(), dense_ms=1.0)
+    assert evaluator.loss(Policy(recovery=Recovery(fold_bn=False))) == pytest.approx(0.0, abs=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -117,3 +118,59 @@ def test_key_changes_with_model_data_and_levels_and_with_nothing_else() -> None:
         profile_key(make_space(graph=make_graph(lambda name: f"x{name}")), {"weights": "a"}),
     ]
     assert len({key, *others}) == 6
+
+
+def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths to everything inside `data`; of a list only the first item."""
+    items = (
+        list(data.items()) if isinstance(data, dict) else list(enumerate(data))[:1] if isinstance(data, list) else []
+    )
+    return [found for key, value in items for found in ((*path, key), *places(value, (*path, key)))]
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 1e400, float("nan"), 10**400, "x", [], {}, [[]]])
+def test_whatever_is_put_anywhere_is_refused_or_makes_a_usable_profile(value: Any) -> None:
+    space = make_space()
+    whole = json.loads(json.dumps(make_profile(space).to_json()))
+    for path in places(whole):
+        data = json.loads(json.dumps(whole))
+        inside = data
+        for key in path[:-1]:
+            inside = inside[key]
+        inside[path[-1]] = value
+        try:
+            profile = Profile.from_json(data)
+        except RunError:
+            continue
+        assert all(layer.levels and min(level.bytes for level in layer.levels) >= 0 for layer in profile.layers), path
+        assert all(math.isfinite(loss) for layer in profile.layers for loss in layer.losses()), path
+        assert all(0 < group.keep <= 1 and math.isfinite(group.loss) for group in profile.groups), path
+        assert math.isfinite(profile.seconds), path
+
+
+def test_key_changes_with_what_the_probed_models_are_built_with() -> None:
+    more = "[channels]\nkeep = [0.5, 1.0]\n"
+    keys = [
+        profile_key(make_space(TEXT + more + rest), "model")
+        for rest in ("", 'criterion = ["l1"]\n', "[batch_norm]\nreestimate = [false]\n")
+    ]
+    assert len(set(keys)) == 3
+    assert profile_key(make_space(TEXT + more + "[recovery]\nlr = [0.001, 0.1]\n"), "model") == keys[0]
+
+
+def test_groups_are_probed_inside_their_range_and_fixed_ones_not_at_all() -> None:
+    text = TEXT + '[channels]\nkeep = [0.25, 0.5, 1.0]\n[[override]]\nmatch = "conv2"\nkeep = [1.0]\n'
+    counting, space = Counting(), make_space(text)
+    before = made(counting, text)
+    after = with_groups(before, counting, space, lambda *_: None, iter(range(9)).__next__)
+    assert [(group.name, group.keep) for group in after.groups] == [("conv1", 0.5)]
+    assert after.groups[0].loss == pytest.approx(counting.loss(Policy(keep={"conv1": 0.5})))
+    assert (after.evaluations, after.seconds) == (before.evaluations + 1, before.seconds + 1)
+    assert after.layers == before.layers
+
+
+def test_layer_that_no_level_harms_is_not_evaluated() -> None:
+    counting = Counting()
+    (first, *_) = made(counting, "[layers]\nbits = [32]\n").layers
+    assert first.sensitivity == 0.0
+    assert not hasattr(counting, "asked")

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import FakeEvaluator, World, evaluation
+from fakes import FakeEvaluator, Killed, World, evaluation
 from torch import nn
 
-from autocompress import ClassificationTask, RegressionTask
+from autocompress import ClassificationTask, RegressionTask, study
 from autocompress.controllers.registry import CONTROLLERS
 from autocompress.front import Trial, feasible, front_of, nearest, scored
 from autocompress.journal import Journal
 from autocompress.measure.quality import QualityMeter, screening
 from autocompress.policy import Policy
 from autocompress.report.tables import Run, summary
+from autocompress.study import Study
 from autocompress.trial import Budget, Evaluation
 
 FAST = [name for name in CONTROLLERS if name != "gp"]
@@ -240,3 +241,157 @@ def test_unwritable_cache_only_costs_the_reuse(watched: World, tmp_path: Path) -
     (tmp_path / "cache").mkdir(mode=0o500)
     with pytest.warns(UserWarning, match="not kept"):
         assert watched.search(controller="solver", epochs=0).picked is not None
+
+
+# --- what goes wrong ---
+
+
+@pytest.mark.parametrize(("val", "batch_size"), [(200, 200), (200, 100), (150, 100), (130, 65)])
+def test_large_batches_do_not_make_the_part_all_of_val(val: int, batch_size: int) -> None:
+    task = classification(val)
+    task.batch_size = batch_size
+    meter = screening(task, task.model(), inputs=64)
+    assert meter is None or 1.5 * sum(len(batch.inputs) for batch in meter.part or ()) <= val
+
+
+def fails_when_promoted(large: World) -> None:
+    def fault(policy: Policy, rung: int) -> str | None:
+        del policy
+        return "raise" if rung == 0 and not large.evaluators[-1].screened[-1] else None
+
+    large.fault = fault
+
+
+@pytest.mark.parametrize("controller", ["solver", "random", "nsga2"])
+def test_failed_promotion_is_not_tried_again_and_counts_as_no_candidate(large: World, controller: str) -> None:
+    settings = {"controller": controller, "epochs": 0}
+    fails_when_promoted(large)
+    large.search(trials=10, **settings)
+    before = large.rows()
+    assert any(row["status"] == "failed" and not row["screened"] for row in before)
+    large.search(trials=10, resume=True, **settings)
+    assert large.rows() == before
+    large.fault = None
+    later = large.search(trials=14, resume=True, **settings)
+    assert sum(t.evaluation.screened and t.evaluation.status == "ok" for t in later.trials) >= 14
+    assert later.front
+
+
+@pytest.mark.parametrize("controller", FAST)
+@pytest.mark.parametrize("at", [4, 10, 13, 19])
+def test_killed_among_failures_it_ends_as_if_uninterrupted(
+    large: World, tmp_path: Path, controller: str, at: int
+) -> None:
+    def fault(policy: Policy, rung: int) -> str | None:
+        whole = rung == 0 and not large.evaluators[-1].screened[-1]
+        return "raise" if (int(policy.key()[:2], 16) + 3 * whole) % 6 == 0 else None
+
+    large.fault = fault
+    settings = {"controller": controller, "trials": 12, "epochs": 1}
+    large.search(folder=tmp_path / "whole", **settings)
+    assert len({row["screened"] for row in large.rows(tmp_path / "whole") if row["status"] == "failed"}) == 2
+    large.killed(at, **settings)
+    large.search(resume=True, **settings)
+    assert large.rows() == large.rows(tmp_path / "whole")
+
+
+def test_promotion_that_killed_its_process_twice_is_written_off(large: World) -> None:
+    settings = {"controller": "solver", "trials": 10, "epochs": 0}
+    victim: list[str] = []
+
+    def deadly(policy: Policy, rung: int) -> str | None:
+        del rung
+        if not large.evaluators[-1].screened[-1] and not victim:
+            victim.append(policy.key())
+        return "kill" if victim == [policy.key()] and not large.evaluators[-1].screened[-1] else None
+
+    large.fault = deadly
+    for resume in (False, True):
+        with pytest.raises(Killed):
+            large.search(resume=resume, **settings)
+    found = large.search(resume=True, **settings)
+    (lost,) = [t for t in found.trials if t.evaluation.status == "failed"]
+    assert (lost.evaluation.policy.key(), lost.evaluation.screened) == (victim[0], False)
+    assert found.front
+    before = large.rows()
+    large.search(resume=True, **settings)
+    assert large.rows() == before
+
+
+def test_stopped_search_promotes_what_it_has(large: World) -> None:
+    running: list[Study] = []
+
+    def stop(policy: Policy, rung: int) -> None:
+        del policy, rung
+        if len(large.calls) == 5:
+            running[0].stop()
+
+    large.fault = stop
+    found = large.search(controller="solver", started=running.append)
+    assert large.evaluators[0].screened.count(True) == 6
+    assert {rung for _, rung, _ in large.calls} == {0}
+    assert found.front
+    assert not any(t.evaluation.screened for t in found.front)
+
+
+def test_screening_leaves_time_to_promote(large: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: clock[0])
+
+    def slow(policy: Policy, rung: int) -> None:
+        del policy, rung
+        clock[0] += 1.0
+
+    large.fault = slow
+    found = large.search(controller="solver", trials=1000, epochs=0, timeout=10)
+    assert large.evaluators[0].screened.count(True) == 8
+    assert found.picked is not None
+    assert not found.picked.evaluation.screened
+
+
+def test_more_candidates_on_resume_are_promoted_too(large: World) -> None:
+    large.search(controller="solver", trials=8, epochs=0)
+    later = large.search(controller="solver", trials=20, epochs=0, resume=True)
+    assert sum(t.evaluation.screened and t.evaluation.copy_of is None for t in later.trials) == 20
+    whole = [
+        t.evaluation.policy.key() for t in later.trials if t.evaluation.status == "ok" and not t.evaluation.screened
+    ]
+    assert len(set(whole)) == len(whole)
+    screened = [t for t in later.trials if t.evaluation.screened and t.measured.bytes <= 1500]
+    assert min(screened, key=lambda t: t.measured.loss).evaluation.policy.key() in whole
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "null", "\x00"])
+def test_cached_profile_that_is_none_is_measured_again(watched: World, tmp_path: Path, content: str) -> None:
+    watched.search(controller="solver", epochs=0, trials=2)
+    first = Watched.asked
+    (stored,) = (tmp_path / "cache" / "profiles").iterdir()
+    stored.write_text(content)
+    watched.search(folder=tmp_path / "again", controller="solver", epochs=0, trials=2)
+    assert Watched.asked == 2 * first
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_cached_profile_that_misses_layers_is_measured_again(watched: World, tmp_path: Path, layers: int) -> None:
+    watched.search(controller="solver", epochs=0, trials=2)
+    first = Watched.asked
+    (stored,) = (tmp_path / "cache" / "profiles").iterdir()
+    data = json.loads(stored.read_text())
+    stored.write_text(json.dumps(data | {"layers": data["layers"][:layers]}))
+    watched.search(folder=tmp_path / "again", controller="solver", epochs=0, trials=2)
+    assert Watched.asked == 2 * first
+
+
+def test_search_killed_while_profiling_ends_as_if_uninterrupted(
+    watched: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> float:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watched, "loss", die)
+        with pytest.raises(Killed):
+            watched.search(controller="solver", epochs=0, trials=5)
+    watched.search(resume=True, controller="solver", epochs=0, trials=5)
+    watched.search(folder=tmp_path / "whole", controller="solver", epochs=0, trials=5)
+    assert watched.rows() == watched.rows(tmp_path / "whole")

@@ -11,7 +11,18 @@ from autocompress.errors import SpaceError
 from autocompress.graph import Graph, Group, Layer, Member
 from autocompress.measure.size import Size
 from autocompress.policy import LayerChoice, Policy, Recovery
-from autocompress.space import Ordered, Parameter, Real, Space, SpaceFile, Value, load_space, parse_space, shipped
+from autocompress.space import (
+    Ordered,
+    Parameter,
+    Real,
+    Space,
+    SpaceFile,
+    Value,
+    load_space,
+    parse_space,
+    section_bytes,
+    shipped,
+)
 
 SHIPPED = shipped()
 
@@ -475,3 +486,53 @@ def test_shrinking_keeps_the_recovery_of_a_trained_policy() -> None:
 def test_a_file_can_be_built_without_toml() -> None:
     built: Any = Space(SpaceFile(), GRAPH)
     assert built.smallest() == built.uniform()
+
+
+# --- what profiles and the smallest policies need ---------------------------------------------------------
+
+
+def test_preferred_choices_are_taken_where_allowed_and_else_the_first() -> None:
+    open_ = space(
+        '[layers]\nscheme = ["asymmetric", "symmetric"]\nsolver = ["nearest", "database"]\n'
+        '[channels]\ncriterion = ["l1", "l2"]\n[batch_norm]\nreestimate = [false, true]\nfold = [false, true]\n'
+    )
+    names = ("scheme", "solver", "criterion", "batch_norm/reestimate", "batch_norm/fold")
+    assert [open_.preferred(name) for name in names] == ["symmetric", "database", "l1", True, True]
+    fixed = space('[layers]\nscheme = ["asymmetric"]\n[batch_norm]\nreestimate = [false]\nfold = [false]\n')
+    assert [fixed.preferred(name) for name in names] == ["asymmetric", "nearest", "l2", False, False]
+
+
+def test_only_leaves_everything_else_dense_and_is_built_as_preferred() -> None:
+    choices = space('[layers]\nsolver = ["database"]\n[batch_norm]\nreestimate = [false]\n')
+    found = choices.only({"head": LayerChoice(3, 0.5)}, {"stem.conv": 0.5})
+    assert {layer.name: choice for layer, choice in GRAPH.choices(found)} == {
+        "stem.conv": LayerChoice(),
+        "body.conv": LayerChoice(),
+        "head": LayerChoice(3, 0.5),
+    }
+    assert (dict(found.keep), found.solver) == ({"stem.conv": 0.5}, "database")
+    assert found.recovery == Recovery(reestimate_bn=False, fold_bn=True)
+    assert choices.only({}) == choices.only({}, {})
+
+
+def test_sparsest_has_most_zeros_and_fewest_bits_everywhere_and_is_in_the_space() -> None:
+    choices = space(
+        '[layers]\nbits = [1, 4, 8]\nsparsity = [0.0, 0.5, 0.9]\nscheme = ["asymmetric", "symmetric"]\n'
+        '[channels]\nkeep = [0.5, 1.0]\n[[override]]\nmatch = "head"\nbits = [8]\nsparsity = [0.0]\n'
+    )
+    found = choices.sparsest()
+    assert found.layers["stem.conv"] == LayerChoice(1, 0.9)
+    assert found.layers["head"] == LayerChoice(8, 0.0)
+    assert set(found.keep.values()) == {0.5}
+    assert choices.decode(choices.encode(found)) == found
+
+
+@pytest.mark.parametrize(
+    "choice", [LayerChoice(), LayerChoice(4), LayerChoice(2, 0.9), LayerChoice(8, 0.5, "asymmetric")]
+)
+def test_section_bytes_add_up_to_what_the_file_takes(choice: LayerChoice) -> None:
+    policy = Policy({layer.name: choice for layer in GRAPH.layers}, {"stem.conv": 0.5, "body.conv": 0.25})
+    shapes = GRAPH.shapes(policy)
+    entries = {entry.name: entry.nbytes for entry in SIZE.header(policy).entries}
+    for layer in GRAPH.layers:
+        assert section_bytes(layer, shapes[layer.weight], choice) == entries[layer.weight]

@@ -64,8 +64,8 @@ class Surrogate:
     # --- learning ---
 
     def observe(self, levels: Ints, loss: float) -> None:
-        """What a policy with these `levels` (layers,) measured; a loss of 0 or less says nothing and is left out."""
-        if not loss > 0:
+        """What a policy with these `levels` (layers,) measured; a loss without a finite logarithm is left out."""
+        if not 0 < loss < math.inf:
             return
         layers = np.arange(len(self.prior))
         known = self._known[layers, levels]  # (layers,)

@@ -15,6 +15,10 @@ from autocompress.surgery import fold_scale
 from autocompress.task import Batch, call, length, to_device
 
 _NORM = nn.modules.batchnorm._BatchNorm
+MOST_CHANGE = 10.0
+"""A variance grows at most by this factor: batches that leave a channel of the dense model silent say nothing."""
+SILENT = 0.01
+"""Share of its variance below which a channel counts as silenced, the more the less is left."""
 
 
 def norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -64,17 +68,20 @@ def anchored(
     """Statistics `found` for a compressed model, moved by what the same batches say wrongly of the dense one.
 
     `batch` are the dense model's statistics over these batches, `running` those it was trained with. The difference
-    (a control variate) keeps a hardly compressed model as it was, and makes up for few or unaugmented inputs. Means
-    (channels,) shift, variances scale.
+    (a control variate) keeps a dense layer exactly as it was, and makes up for few or unaugmented inputs. Means
+    (channels,) shift, variances scale. What compression silenced has no deviation left to divide a shift by: its mean
+    hardly moves.
     """
     result = {}
     for name, value in found.items():
-        if name.endswith("running_mean"):
-            result[name] = value + (running[name] - batch[name])
+        variance = name.removesuffix("running_mean") + "running_var" if name.endswith("running_mean") else name
+        smallest = torch.finfo(torch.float32).tiny  # silent before and after is no change
+        change = ((found[variance] + smallest) / (batch[variance] + smallest)).clamp_max(MOST_CHANGE)  # (channels,)
+        if variance == name:
+            result[name] = running[name] * change
         else:
-            result[name] = value * (running[name] / batch[name].clamp_min(torch.finfo(torch.float32).tiny)).clamp(
-                0.1, 10
-            )
+            share = (change / SILENT).sqrt().clamp_max(1.0)
+            result[name] = running[name] * share + (value - batch[name] * share)
     return result
 
 

@@ -31,16 +31,20 @@ LARGE = 1.5
 
 
 def screening(task: Task, dense: nn.Module, inputs: int = SCREEN_INPUTS) -> QualityMeter | None:
-    """A meter on the first `inputs` of `val`; None if `val` is hardly larger or the task cannot score a part."""
+    """A meter on the first batches of `val` that hold `inputs`; None if `val` is hardly larger than they are.
+
+    None as well if the task cannot score a part.
+    """
     if not hasattr(task, "score_batches"):
         return None
     part: list[Batch] = []
-    count = 0
+    taken, count = 0, 0
     for batch in task.batches("val", 0):
-        if count < inputs:
-            part.append(Batch(*batch))
         count += length(batch[0])
-        if count >= LARGE * inputs:
+        if taken < inputs:
+            part.append(Batch(*batch))
+            taken = count
+        if count >= LARGE * max(taken, inputs):
             return QualityMeter(task, dense, part=part)
     return None
 

@@ -335,3 +335,90 @@ def test_gaussian_process_keeps_the_promises_too() -> None:
     resumed.restore(known)
     go_on(resumed, known, 16)
     assert [e.policy for e in known] == [e.policy for e in history]
+
+
+# --- the solver at the edges ---
+
+EDGES = {
+    "asymmetric": '[layers]\nbits = [2, 4, 8]\nsparsity = [0.0, 0.5]\nscheme = ["asymmetric"]\n',
+    "channels": "[layers]\nbits = [4, 8]\n[channels]\nkeep = [0.25, 0.5, 1.0]\n",
+    "one": "[layers]\nbits = [4]\n",
+    "all": """
+[layers]
+bits = [2, 4, 8]
+sparsity = [0.0, 0.5]
+scheme = ["asymmetric", "symmetric"]
+solver = ["nearest", "database"]
+[channels]
+keep = [0.5, 1.0]
+criterion = ["l1", "l2", "taylor"]
+[batch_norm]
+reestimate = [false, true]
+fold = [true, false]
+""",
+}
+
+
+def edge_run(text: str, budget: Budget, change: str = "", count: int = 12) -> list[Evaluation]:
+    """Evaluations of the solver in a space; `change` says what is unusual about the profile or the losses."""
+    space, evaluator = make_space(text), FakeEvaluator()
+    profile = make_profile(space)
+    if change == "harmless":
+        layers = tuple(replace(layer, sensitivity=0.0) for layer in profile.layers)
+        profile = replace(profile, layers=layers, groups=tuple(replace(g, loss=0.0) for g in profile.groups))
+    proposer = make_controller("solver", space, budget, evaluator.predict, 0, profile)
+    history: list[Evaluation] = []
+    for number in range(count):
+        e = evaluator(proposer.ask())
+        assert e.measurement is not None
+        if change == "failing seeds" and number < 8:
+            e = Evaluation(e.policy, 0, 0, "failed", error="it broke")
+        elif change == "lossless":
+            e = replace(e, measurement=replace(e.measurement, loss=0.0))
+        history.append(e)
+        proposer.tell(e)
+    return history
+
+
+@pytest.mark.parametrize("change", ["", "harmless", "failing seeds", "lossless"])
+@pytest.mark.parametrize("name", list(EDGES))
+def test_solver_fits_the_tightest_budgets_of_unusual_spaces(name: str, change: str) -> None:
+    space, predict = make_space(EDGES[name]), FakeEvaluator().predict
+    least = predict(space.smallest())
+    for budget in (Budget(bytes=least.bytes), Budget(macs=least.macs), Budget(bytes=least.bytes + 150, ms=1e-6)):
+        history = edge_run(EDGES[name], budget, change)
+        assert all(budget.static().excess(predict(e.policy)) <= 0 for e in history)
+        assert all(space.decode(space.encode(e.policy)) == e.policy for e in history)
+
+
+def test_solver_reaches_a_budget_that_is_below_its_usual_targets() -> None:
+    """Targets stay 15% above the smallest policy, but a budget in between is met all the same."""
+    space, predict = make_space(EDGES["asymmetric"]), FakeEvaluator().predict
+    limit = int(1.03 * predict(space.smallest()).bytes)
+    sizes = [predict(e.policy).bytes for e in edge_run(EDGES["asymmetric"], Budget(bytes=limit))]
+    assert max(sizes) <= limit
+    assert max(sizes) > predict(space.smallest()).bytes
+
+
+@pytest.mark.parametrize("budget", [Budget(bytes=1), Budget(macs=1)])
+def test_solver_without_anything_that_fits_still_proposes(budget: Budget) -> None:
+    for text in EDGES.values():
+        assert {e.policy for e in edge_run(text, budget, count=3)}
+
+
+def test_solver_tries_other_choices_without_an_order() -> None:
+    space = make_space(EDGES["all"])
+    points = [space.encode(e.policy) for e in edge_run(EDGES["all"], Budget(bytes=1500), count=60)]
+    for parameter in space.policy_parameters:
+        if "/" not in parameter.name or parameter.name.startswith("batch_norm"):
+            assert {point[parameter.name] for point in points} == set(parameter.values), parameter.name
+
+
+def test_solver_with_a_budget_of_operations_removes_channels_and_only_then() -> None:
+    predict = FakeEvaluator().predict
+    whole = predict(make_space(EDGES["channels"]).uniform()).macs
+    narrow = edge_run(EDGES["channels"], Budget(macs=whole // 2))
+    assert all(predict(e.policy).macs <= whole // 2 for e in narrow)
+    assert len({e.policy for e in narrow}) == len(narrow)
+    many = EDGES["channels"].replace("[4, 8]", "[2, 3, 4, 6, 8]")  # so many that it does not run out of widths
+    assert all(set(e.policy.keep.values()) == {1.0} for e in edge_run(many, Budget(bytes=1500)))

@@ -65,7 +65,7 @@ def test_incremental_updates_equal_a_fit_of_everything(monkeypatch: pytest.Monke
     np.testing.assert_allclose(model.mean(), before, rtol=1e-8)
 
 
-@pytest.mark.parametrize("loss", [0.0, -0.1, float("nan")])
+@pytest.mark.parametrize("loss", [0.0, -0.1, float("nan"), float("inf")])
 def test_a_loss_without_a_logarithm_is_left_out(loss: float) -> None:
     model = Surrogate(PRIOR)
     model.observe(np.array([0, 0, 0]), loss)

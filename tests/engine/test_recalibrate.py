@@ -287,3 +287,49 @@ def test_channel_that_the_batches_leave_silent_gives_finite_statistics() -> None
     found = anchored(zero, zero, {"running_mean": one, "running_var": one})
     assert torch.isfinite(found["running_var"]).all()
     assert (found["running_var"] >= 0).all()
+
+
+def stats(mean: float, var: float) -> dict[str, Tensor]:
+    return {"bn.running_mean": torch.tensor([mean]), "bn.running_var": torch.tensor([var])}
+
+
+@pytest.mark.parametrize("batch", [(0.1, 0.3), (0.0, 0.0), (3.0, 1e-12), (0.0, 1e4)])
+def test_dense_model_keeps_its_statistics_exactly_whatever_the_batches_say(batch: tuple[float, float]) -> None:
+    running = stats(0.7, 0.9)
+    found = anchored(stats(*batch), stats(*batch), running)
+    assert all(torch.equal(found[name], value) for name, value in running.items())
+
+
+@pytest.mark.parametrize("left", [0.0, 1e-8])
+def test_channel_that_compression_silenced_gives_its_bias_alone(left: float) -> None:
+    """Its output is constant: a shift of the mean would be divided by a deviation of nothing."""
+    found = anchored(stats(0.0, left), stats(0.2, 1.0), stats(0.3, 1.1))
+    normalised = (0.0 - found["bn.running_mean"]) / (found["bn.running_var"] + 1e-5).sqrt()
+    assert abs(float(normalised)) < 0.5
+
+
+def test_channel_that_only_the_dense_model_leaves_silent_stays_finite_and_open() -> None:
+    found = anchored(stats(0.2, 0.5), stats(0.0, 0.0), stats(0.1, 0.4))
+    assert 0.1 < float(found["bn.running_var"]) < 10
+    assert abs(float(found["bn.running_mean"])) < 1
+
+
+def reestimated(keep: float) -> tuple[nn.Sequential, StoredModel]:
+    """`cnn` with one channel that its training inputs leave silent, under a policy that only removes channels."""
+    model = cnn(bias=True)
+    with torch.no_grad():
+        model[0].weight[0] = 0.0
+    data = inputs_of(model, 32), torch.zeros(32, dtype=torch.long)
+    bench = Workbench(ClassificationTask(model, data, data, data, batch_size=8))
+    policy = Policy(keep={"0": keep}, recovery=Recovery(fold_bn=False, reestimate_bn=True))
+    return model, compress(bench, policy).tensors
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_channels_whose_inputs_did_not_change_keep_their_statistics(keep: float) -> None:
+    model, tensors = reestimated(keep)
+    for name in ("running_mean", "running_var"):
+        dense = round_to_half(getattr(model[1], name)).float()
+        kept = [int((dense == value).nonzero()[0]) for value in tensors[f"1.{name}"].dense()]
+        assert kept == sorted(kept)
+        assert len(kept) == round(8 * keep)
