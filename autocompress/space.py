@@ -279,10 +279,8 @@ class Space:
         layers = {}
         scheme = point.get("scheme", self.file.layers.scheme[0])
         for name in self.bits:
-            bits, zeros = (
-                _at(self.bits[name], point, f"bits/{name}"),
-                _at(self.sparsity[name], point, f"sparsity/{name}"),
-            )
+            bits = _at(self.bits[name], point, f"bits/{name}")
+            zeros = _at(self.sparsity[name], point, f"sparsity/{name}")
             layers[name] = _choice(int(bits), zeros, scheme)
         keep = {name: _at(ratios, point, f"keep/{name}") for name, ratios in self.keep.items()}
         criterion = point.get("criterion", self.file.channels.criterion[0])

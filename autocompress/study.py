@@ -556,8 +556,10 @@ def _profile(evaluator: Evaluator, space: Space, budget: Budget, journal: Journa
     key = profile_key(space, {**_identity(evaluator), "seed": evaluator.seed})
     cached = cache_folder() / "profiles" / f"{key}.json"
     own = journal.fact("profile")
-    known = [Profile.from_json(data) for data in (own, _read_profile(cached)) if data is not None]
-    profile = next((p for p in known if p.key == key and [x.name for x in p.layers] == list(space.bits)), None)
+    known = (None if own is None else Profile.from_json(own), _read_profile(cached))
+    profile = next(
+        (p for p in known if p is not None and p.key == key and [x.name for x in p.layers] == list(space.bits)), None
+    )
     groups = (budget.macs is not None or budget.ms is not None) and any(len(r) > 1 for r in space.keep.values())
     complete = profile is not None and (bool(profile.groups) or not groups)
     if own is None:
@@ -583,14 +585,12 @@ def _profile(evaluator: Evaluator, space: Space, budget: Budget, journal: Journa
     return profile
 
 
-def _read_profile(path: Path) -> Any:
+def _read_profile(path: Path) -> Profile | None:
     """What `_profile` wrote, or None: a profile that cannot be read is measured again."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        Profile.from_json(stored)
+        return Profile.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, RunError):
         return None
-    return stored
 
 
 def _refuse_unreachable(space: Space, evaluator: Evaluator, budget: Budget, settings: Settings) -> None:

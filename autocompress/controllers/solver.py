@@ -132,7 +132,7 @@ class SolverController(OptunaController):
         if (number + attempt) % 2 and self._front:
             return self._mutated(draw)
         sampled = self._surrogate.sample(draw)
-        keep = self._keep(self._group_loss, draw)
+        keep = self._keep(draw)
         return self._solved(keep, self._target(draw), sampled)
 
     def _seed_target(self, number: int) -> int:
@@ -161,7 +161,7 @@ class SolverController(OptunaController):
 
     def _first(self, number: int) -> Choice | None:
         """The exact knapsack's answer; repeated with what the file really leaves, since its header varies."""
-        target, keep = self._seed_target(number), self._keep(self._group_loss, None)
+        target, keep = self._seed_target(number), self._keep(None)
         if keep is None:
             return None
         instance, fixed = self._instance(keep)
@@ -251,7 +251,7 @@ class SolverController(OptunaController):
             levels[i] += 1
 
     def _flipped(self, rest: tuple[tuple[str, Value], ...], draw: np.random.Generator) -> tuple[tuple[str, Value], ...]:
-        names = [name for name, values in self._rest.items() if len(values) > 1]
+        names = list(self._rest)
         name = names[int(draw.integers(len(names)))]
         others = [value for value in self._rest[name] if value != dict(rest)[name]]
         return tuple((n, others[int(draw.integers(len(others)))] if n == name else v) for n, v in rest)
@@ -305,14 +305,14 @@ class SolverController(OptunaController):
             return most
         return min(most, float((MARGIN * self._budget.ms - start) / slope))
 
-    def _keep(self, losses: Mapping[str, list[float]], draw: np.random.Generator | None) -> tuple[int, ...] | None:
+    def _keep(self, draw: np.random.Generator | None) -> tuple[int, ...] | None:
         """Ratios that bring the model within its multiply-accumulates, cheapest steps first; None if none do."""
         keep = self._whole
         if not self._limits_macs():
             return keep
         most = self._most_macs()
         noise = {n: math.exp(draw.normal(0.0, 0.5)) if draw is not None else 1.0 for n in self._groups}
-        graph = self._space.graph
+        graph, losses = self._space.graph, self._group_loss
         macs = graph.macs(self._keep_policy(keep))
         while macs > most:
             steps = []

@@ -55,9 +55,6 @@ class Surrogate:
         size = self._bumps.shape[2]
         block = np.linalg.inv(SHARED**2 * np.ones((size, size)) + OWN**2 * np.eye(size))
         self._precision0 = np.kron(np.eye(layers), block)
-        self._reset()
-
-    def _reset(self) -> None:
         self._precision = self._precision0.copy()
         self._right = np.zeros(len(self._precision))
 

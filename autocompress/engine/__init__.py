@@ -212,16 +212,14 @@ def compress(bench: Workbench, policy: Policy, progress: Progress | None = None)
             constraint = _constraint(weights[layer.weight])
             weights[layer.weight] = quantise(state[layer.weight], choice, constraint.mask, constraint.grid)
     if policy.recovery.reestimate_bn and bench.eps and bench.calibration:
-        state = {**state, **_statistics(bench, {**state, **{n: s.dense() for n, s in weights.items()}}, parent.kept)}
+        state = {**state, **_statistics(bench, {**state, **{n: s.dense() for n, s in weights.items()}}, parent)}
     return Compressed(policy, fold(weights, state, graph, policy, bench.eps))
 
 
-def _statistics(bench: Workbench, state: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Batch-norm statistics for the compressed tensors in `state`."""
-    found = bench.statistics(state)
-    dense = {name: bench.state[name] for name in found}
-    batch = remove_channels({**bench.state, **bench.dense_statistics}, bench.graph, kept)
-    return anchored(found, batch, remove_channels({**bench.state, **dense}, bench.graph, kept))
+def _statistics(bench: Workbench, state: Mapping[str, Tensor], parent: OneShot) -> dict[str, Tensor]:
+    """Batch-norm statistics for the compressed tensors in `state`; the dense model's are those of `parent`."""
+    batch = remove_channels({**bench.state, **bench.dense_statistics}, bench.graph, parent.kept)
+    return anchored(bench.statistics(state), batch, parent.state)
 
 
 def _recover(
