@@ -45,6 +45,10 @@ class ArtifactError(AutocompressError):
     """An artifact that is damaged, of another format, or of another architecture."""
 
 
+class ExportError(AutocompressError):
+    """A model that ONNX or its runtime does not take, or that computes something else there."""
+
+
 class NothingFits(AutocompressError):
     """No policy of the search space fits the budget."""
 

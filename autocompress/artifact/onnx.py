@@ -1,0 +1,312 @@
+"""The `.onnx` file: exports a network once, and makes the file of each of its compressed versions.
+
+Decides nothing: what is stored, and at which width, is what the engine made. `onnx_graph` does the graph's part.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autocompress.artifact.onnx_graph import (
+    INTEGER_OPS,
+    OPSET,
+    Codes,
+    Filling,
+    Halves,
+    Place,
+    Range,
+    Skeleton,
+    filled,
+    quantised,
+)
+from autocompress.errors import ExportError
+from autocompress.graph import Layer
+from autocompress.runtime import RuntimeModel, feeds, session
+from autocompress.stored import Full, Half, Quantised, Raw, Stored, StoredModel, to_half
+from autocompress.task import arguments, call, few, tensors
+
+MAX_EXPONENT = 100
+"""Halves with a larger power of two are stored as floats: single precision, in which they are scaled, ends there."""
+MASK_BYTES = 64
+"""A mask must save at least as much as the nodes that apply it take."""
+
+
+TOLERANCE = 1e-3
+"""Largest difference of any output from the model's, relative to the largest output, with float kernels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """A network's skeleton, and the structure of what it returns."""
+
+    skeleton: Skeleton
+    outputs: pytree.TreeSpec
+
+
+def export(model: nn.Module, inputs: Any, weights: Iterable[str]) -> Exported:
+    """`model` with a free batch size, every tensor of its state where it can be replaced.
+
+    `inputs` are two examples; `weights` the names of those that integer kernels may compute with. Raises
+    `ExportError`, which names the operator, for a model that ONNX cannot express.
+    """
+    model = model.eval()
+    positional, named = arguments(inputs)
+    with torch.no_grad():
+        _, outputs = pytree.tree_flatten(model(*positional, **named))
+    proto = _program(model, positional, named)
+    places = _places(proto, model)
+    readers = {name: node for node in proto.graph.node for name in node.input[1:2]}
+    computed = {}
+    for name in weights:
+        node = readers.get(places[name].name) if name in places else None
+        if node is not None and node.op_type in INTEGER_OPS:
+            computed[name] = node.name
+    return Exported(Skeleton(proto, places, computed), outputs)
+
+
+def _program(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> onnx.ModelProto:
+    shapes = _free_batch(model, positional, named)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries about each other
+            program = torch.onnx.export(
+                model,
+                positional,
+                kwargs=named,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=shapes,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises whatever stopped it
+        raise ExportError(
+            f"the model does not export to ONNX: {_reason(error)}. Change that operation, or search without a latency "
+            "budget and take the packed artifact, which needs no export"
+        ) from error
+    finally:
+        logger.setLevel(level)
+    assert program is not None
+    return program.model_proto
+
+
+def _free_batch(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """A free first dimension for every tensor, by the names of the forward method's parameters."""
+    bound = inspect.signature(model.forward).bind(*positional, **named).arguments
+    batch = torch.export.Dim("batch")
+    return pytree.tree_map(lambda value: {0: batch} if isinstance(value, Tensor) and value.ndim else None, dict(bound))
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost message: the exporter wraps what went wrong in advice to report it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def _places(proto: onnx.ModelProto, model: nn.Module) -> dict[str, Place]:
+    """The initializer of each tensor of the state: by name, or where the exporter renamed or transposed it, by value.
+
+    Tensors that the outputs do not depend on are absent.
+    """
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    free = dict(arrays)
+    found: dict[str, Place] = {}
+    state = {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
+    for name, value in state.items():
+        if name in arrays and arrays[name].shape == value.shape:
+            found[name] = Place(name)
+            free.pop(name, None)
+    for name, value in state.items():
+        if name in found or value.dtype != np.float32 or not value.ndim:
+            continue
+        for other, array in free.items():
+            if array.shape == value.shape and np.array_equal(array, value):
+                found[name] = Place(other)
+            elif value.ndim == 2 and array.shape == value.shape[::-1] and np.array_equal(array.T, value):
+                found[name] = Place(other, transposed=True)
+            else:
+                continue
+            free.pop(other)
+            break
+    return found
+
+
+# --- fillings ---------------------------------------------------------------------------------------------
+
+
+def fillings(stored: StoredModel, places: Mapping[str, Place]) -> dict[str, Filling]:
+    """What is stored of each tensor that the graph reads."""
+    return {name: filling(tensor) for name, tensor in stored.items() if name in places}
+
+
+def filling(stored: Stored) -> Filling:
+    """One tensor, exactly: a weight's codes count from its zero point."""
+    if isinstance(stored, Quantised):
+        return _codes(stored)
+    if isinstance(stored, Half):
+        halves, exponent = to_half(stored.values)
+        if abs(exponent) <= MAX_EXPONENT:
+            return Halves(halves.numpy(), 2.0**-exponent)
+    if isinstance(stored, Half | Full):
+        return stored.dense().numpy().astype(np.float32)
+    assert isinstance(stored, Raw)
+    return stored.values.numpy()
+
+
+def fits_integers(stored: Stored) -> bool:
+    """Whether a weight's codes, counted from its zero points, are signed bytes."""
+    return isinstance(stored, Quantised) and (stored.symmetric or stored.bits < 8)
+
+
+def _codes(stored: Quantised) -> Filling:
+    column = (-1, *[1] * (stored.codes.ndim - 1))
+    zero = stored.zero.numpy().astype(np.int16).reshape(column)
+    halves, exponent = to_half(stored.scale)
+    if abs(exponent) > MAX_EXPONENT or not fits_integers(stored):
+        return stored.dense().numpy()
+    scale = halves.numpy()
+    silent = scale == 0  # such a row is zero, whatever its codes
+    codes = np.where(silent.reshape(column), 0, stored.codes.numpy().astype(np.int16) - zero).astype(np.int16)
+    low = -(zero[:1] if stored.symmetric else zero).astype(np.int8)
+    mask = stored.mask
+    if stored.bits == 1:
+        stays = codes != 0
+        mask_or_none = None if bool(stays.all()) else stays
+        return Codes(codes, np.where(silent, np.float16(1), scale), 2.0**-exponent, 1, low, 2, mask_or_none)
+    kept = None if mask is None else mask.numpy()
+    if kept is not None:
+        saved = stored.bits * -(-kept.size // 8) - -(-kept.size // 8) - stored.bits * -(-int(kept.sum()) // 8)
+        kept = kept if saved > MASK_BYTES else None
+    return Codes(codes, np.where(silent, np.float16(1), scale), 2.0**-exponent, stored.bits, low, 1, kept)
+
+
+def about(task: str, metric: str, key: str, quality: float) -> dict[str, str]:
+    """The file's metadata: what it was made for, its policy's key, and the quality on `val` that it claims."""
+    return {"autocompress": json.dumps({"task": task, "metric": metric, "policy": key, "quality": quality})}
+
+
+# --- files of one network's versions ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A compressed network: its tensors, a module filled with them, and what stands for its tensors' shapes.
+
+    `activations` is 8 where layers with integer weights compute with integers, else 32.
+    """
+
+    tensors: StoredModel
+    model: nn.Module
+    architecture: Hashable
+    activations: int = 32
+
+
+class Exporter:
+    """Makes the files of one network's compressed versions; each shape of it is exported, or checked, once.
+
+    The activations' ranges come from the dense model's, gathered once. Knows no policy: a `Candidate` is all it sees.
+    """
+
+    def __init__(self, layers: Sequence[Layer], dense: Candidate, examples: Sequence[Any]) -> None:
+        """`examples` are inputs of batches, augmented as in training. Raises `ExportError`."""
+        self._weights = [layer.weight for layer in layers if layer.kind != "embedding"]
+        self._examples = examples
+        self._pair = few(dense.model, examples[0], 2)
+        self._known: dict[Hashable, Exported] = {}
+        self._integer: dict[tuple[int, frozenset[str]], Skeleton] = {}
+        self._ranges: dict[int, Mapping[str, Range]] = {}
+        self._dense = export(dense.model, self._pair, self._weights)
+        self._known[dense.architecture] = self._checked(self._dense, dense)
+
+    def build(self, candidate: Candidate, about: Mapping[str, str]) -> bytes:
+        """The file of `candidate`, with `about` in its metadata. Raises `ExportError`."""
+        exported = self._exported(candidate)
+        skeleton = self._precise(exported, candidate)
+        return bytes(filled(skeleton, fillings(candidate.tensors, skeleton.places), about).SerializeToString())
+
+    def module(self, ran: onnxruntime.InferenceSession) -> RuntimeModel:
+        """A session on one of these files, returning what the model returns."""
+        return RuntimeModel(ran, self._dense.outputs)
+
+    def _exported(self, candidate: Candidate) -> Exported:
+        """The dense model's export where the candidate's tensors fit into it, else one of its own."""
+        if candidate.architecture not in self._known:
+            try:
+                found = self._checked(self._dense, candidate)
+            except ExportError:  # sizes that the exporter wrote into the graph
+                found = self._checked(export(candidate.model, self._pair, self._weights), candidate)
+            self._known[candidate.architecture] = found
+        return self._known[candidate.architecture]
+
+    def _checked(self, exported: Exported, candidate: Candidate) -> Exported:
+        """`exported` if it computes with these tensors what the module does."""
+        skeleton = exported.skeleton
+        content = filled(skeleton, fillings(candidate.tensors, skeleton.places), {}).SerializeToString()
+        found = differences(RuntimeModel(session(content), exported.outputs), candidate.model, self._pair)
+        if not found <= TOLERANCE:
+            raise ExportError(
+                f"the exported model's outputs differ from the model's by {found:.2g} of the largest, more than "
+                f"{TOLERANCE}: it does not compute the same; take the packed artifact, which needs no export"
+            )
+        return exported
+
+    def _precise(self, exported: Exported, candidate: Candidate) -> Skeleton:
+        """The skeleton with integer kernels for what has integer weights, if the candidate wants them."""
+        if candidate.activations == 32:
+            return exported.skeleton
+        weights = exported.skeleton.weights
+        chosen = frozenset(name for name in weights if fits_integers(candidate.tensors[name]))
+        key = id(exported), chosen
+        if key not in self._integer:
+            ranges = self._ranges.get(id(exported)) or self._measured(exported)
+            self._ranges[id(exported)] = ranges
+            self._integer[key] = quantised(exported.skeleton, ranges, chosen)
+        return self._integer[key]
+
+    def _measured(self, exported: Exported) -> Mapping[str, Range]:
+        """Least and greatest value of every activation over the examples."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(exported.skeleton.proto)  # its tensors are those it was exported with
+        names = [port.name for port in proto.graph.input]
+        names += [name for node in proto.graph.node for name in node.output if name]
+        present = {port.name for port in (*proto.graph.output, *proto.graph.input)}
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+        ran = session(proto.SerializeToString())
+        ranges: dict[str, Range] = {}
+        for inputs in self._examples:
+            given = feeds(ran, inputs)
+            values = zip([port.name for port in ran.get_outputs()], ran.run(None, given), strict=True)
+            for name, value in (*given.items(), *values):
+                if np.asarray(value).dtype == np.float32 and np.asarray(value).size:
+                    low, high = ranges.get(name, (0.0, 0.0))
+                    ranges[name] = min(low, float(value.min())), max(high, float(value.max()))
+        return ranges
+
+
+def differences(a: nn.Module, b: nn.Module, inputs: Any) -> float:
+    """Largest absolute difference of two modules' outputs, relative to the largest output of `b`; NaN if not finite."""
+    with torch.no_grad():
+        found, wanted = tensors(call(a, inputs)), tensors(call(b, inputs))
+    if [t.shape for t in found] != [t.shape for t in wanted]:
+        return float("nan")
+    gap = max((float((x - y).abs().max()) for x, y in zip(found, wanted, strict=True) if y.numel()), default=0.0)
+    return gap / max((float(y.abs().max()) for y in wanted if y.numel()), default=1.0) if gap else 0.0

@@ -1,0 +1,93 @@
+"""ONNX Runtime on this machine's CPU: sessions with pinned threads, and models that run in them.
+
+A file is executed here as it will be deployed: scoring and timing both see the artifact's own bytes.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from autocompress.errors import ExportError
+
+NAME = "onnxruntime"
+
+
+def version() -> str:
+    """The runtime's version."""
+    return str(onnxruntime.__version__)
+
+
+def session(content: bytes, threads: int = 1, trace: Path | None = None) -> onnxruntime.InferenceSession:
+    """A session on a file's content. With `trace`, node times are recorded in a file whose name starts so.
+
+    Raises `ExportError` where the runtime refuses the file.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if trace is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(trace)
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime has its own hierarchy, not all of it public
+        raise ExportError(f"ONNX Runtime {version()} does not take the model: {error}") from error
+
+
+def feeds(ran: onnxruntime.InferenceSession, inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """What a session is run with, for inputs as a module takes them: tensors in their order."""
+    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    ports = ran.get_inputs()
+    if len(ports) != len(leaves):
+        raise ExportError(f"the exported model reads {len(ports)} tensors and is given {len(leaves)}")
+    return {port.name: leaf.detach().cpu().contiguous().numpy() for port, leaf in zip(ports, leaves, strict=True)}
+
+
+class RuntimeModel(nn.Module):
+    """A session in the place of the module that it was exported from."""
+
+    def __init__(self, ran: onnxruntime.InferenceSession, outputs: pytree.TreeSpec | None = None) -> None:
+        """`outputs` is the structure of what the module returns; without it a lone tensor or a tuple."""
+        super().__init__()
+        self.session, self._outputs = ran, outputs
+        self.register_buffer("anchor", torch.zeros(0), persistent=False)  # tasks ask a model for its device
+        self.eval()
+
+    def parameters(self, recurse: bool = True) -> Any:
+        """The anchor: there are no parameters, and tasks look at the first one's device."""
+        return self.buffers(recurse)
+
+    def forward(self, *positional: Any, **named: Any) -> Any:
+        """Outputs as the module's, on the CPU."""
+        found = self.session.run(None, feeds(self.session, (positional, named)))
+        values = [torch.from_numpy(np.asarray(value)) for value in found]
+        if self._outputs is not None:
+            return pytree.tree_unflatten(values, self._outputs)
+        return values[0] if len(values) == 1 else tuple(values)
+
+
+def device() -> str:
+    """This machine's processor, as it names itself, and its vector extensions that matter for integers."""
+    flags = _cpu("flags").split()
+    vectors = [name for name in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp") if name in flags]
+    return " ".join([_cpu("model name") or platform.processor() or platform.machine(), *vectors])
+
+
+def _cpu(field: str) -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    found = re.search(rf"^{field}\s*:\s*(.*)$", text, re.M)
+    return found[1].strip() if found else ""
