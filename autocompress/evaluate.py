@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 from collections.abc import Callable
@@ -11,18 +10,14 @@ from typing import NamedTuple
 
 from torch import nn
 
-from autocompress.artifact.layout import Header, file_bytes, weight_entry
-from autocompress.artifact.packed import Artifact, build, pack, read
 from autocompress.engine import Compressed, Progress, Workbench, compress
 from autocompress.errors import PolicyError
 from autocompress.files import write
 from autocompress.graph import Layer
-from autocompress.measure.latency import LatencyMeter
 from autocompress.measure.quality import QualityMeter, screening
-from autocompress.measure.size import Size
 from autocompress.policy import LayerChoice, Policy, Solver
 from autocompress.profile import Level
-from autocompress.stored import Quantised
+from autocompress.target import FormatName, OnnxTarget, PackedTarget, Place, Reloaded, Target
 from autocompress.task import Task
 from autocompress.trial import Evaluation, Measurement
 
@@ -43,37 +38,45 @@ Evaluate = Callable[[Job], Evaluation]
 class Evaluator:
     """Holds the resident models and meters of one task."""
 
-    def __init__(self, task: Task, *, seed: int = 0, dense_ms: float | None = None) -> None:
-        """`dense_ms` is the dense latency that an earlier part of the same run measured."""
-        self.task, self.seed = task, seed
+    def __init__(
+        self,
+        task: Task,
+        *,
+        seed: int = 0,
+        format: FormatName = "packed",
+        place: Place | None = None,
+        dense_ms: float | None = None,
+    ) -> None:
+        """`format` is what ships, `place` where ONNX files run, `dense_ms` what an earlier part of the run measured.
+
+        Raises `ExportError` for a model that has no ONNX file.
+        """
+        self.task, self.seed, self.format = task, seed, format
         self.bench = Workbench(task, seed=seed)
         self.graph = self.bench.graph
-        self.size = Size(self.graph, task.name, task.metric)
+        self.target: Target = PackedTarget(self.bench, dense_ms)
+        if format == "onnx":
+            self.target = OnnxTarget(self.bench, place, dense_ms)
         self.quality = QualityMeter(task, self.bench.teacher)
         self.screen = screening(task, self.bench.teacher)
-        self.latency = LatencyMeter(self.bench.teacher, self.bench.example.inputs, dense_ms)
 
     @property
     def dense(self) -> Measurement:
         """The uncompressed model: four bytes a value, its quality, its latency."""
-        return Measurement(self.graph.dense_bytes, self.graph.dense_macs, self.quality.dense, 0.0, self.latency.dense)
+        return Measurement(self.graph.dense_bytes, self.graph.dense_macs, self.quality.dense, 0.0, self.target.dense_ms)
 
     def predict(self, policy: Policy) -> Measurement:
         """Bytes and multiply-accumulates; those of the one-shot policy, since training may change how codes compress.
 
-        Exact without it. Finds the layers' codes, but measures nothing.
+        Exact for packed files without it. Measures nothing.
         """
         self.graph.check(policy)
-        return Measurement(self.size(policy, self.bench.coded_lengths(policy)), self.graph.macs(policy))
+        return self.target.predict(policy)
 
     def bound(self, policy: Policy) -> Measurement:
         """What `policy` takes at most, by arithmetic alone: bytes without entropy coding, multiply-accumulates."""
         self.graph.check(policy)
-        return Measurement(self.size(policy), self.graph.macs(policy))
-
-    def header(self, compressed: Compressed) -> Header:
-        """The header of the file that holds exactly these tensors."""
-        return self.size.header(compressed.policy, compressed.coded_lengths())
+        return self.target.bound(policy)
 
     @property
     def screens(self) -> bool:
@@ -83,12 +86,10 @@ class Evaluator:
     def level(self, layer: Layer, choice: LayerChoice, solver: Solver) -> Level:
         """One layer's solution under `choice`: bytes of its section, and the share of its outputs' power it loses."""
         stored = self.bench.stored(layer, choice, self.bench.state[layer.weight], (), solver)
-        count = math.prod(layer.shape)
-        coded = stored.coded if isinstance(stored, Quantised) else None
-        entry = weight_entry(layer.weight, layer.shape, choice, count - choice.zeros(count), coded)
+        size = self.target.level_bytes(layer, choice, stored)
         if solver == "database":
-            return Level(choice, entry.nbytes, self.bench.database.error_of(layer, choice))
-        return Level(choice, entry.nbytes, self.bench.database.error(layer, stored))
+            return Level(choice, size, self.bench.database.error_of(layer, choice))
+        return Level(choice, size, self.bench.database.error(layer, stored))
 
     def loss(self, policy: Policy) -> float:
         """The distance from the dense model's outputs, on what candidates are screened on."""
@@ -140,21 +141,21 @@ class Evaluator:
 
     def build(self, policy: Policy, progress: Progress | None = None) -> tuple[Compressed, nn.Module]:
         """The compressed tensors and the resident model filled with them."""
-        compressed = compress(self.bench, policy, progress)
+        compressed = compress(self.bench, self.target.prepared(policy), progress)
         return compressed, self.bench.realise(compressed)
 
     def _measure(self, compressed: Compressed, model: nn.Module, meter: QualityMeter) -> Measurement:
-        policy = compressed.policy
-        quality = meter(model)
-        latency = self.latency(model, self.graph.architecture(policy))
-        size, macs = file_bytes(self.header(compressed)), self.graph.macs(policy)
-        return Measurement(size, macs, quality.score, quality.loss, latency.ms)
+        shipped = self.target.ship(compressed, model)
+        quality = meter(shipped.model)
+        latency, policy = shipped.time(), compressed.policy
+        predicted = self.target.predicted_ms(policy)
+        macs = self.graph.macs(policy)
+        return Measurement(shipped.bytes, macs, quality.score, quality.loss, latency.ms, predicted)
 
     def pack(self, compressed: Compressed, quality: float) -> bytes:
         """The content of the file for a compressed model that scored `quality`."""
-        return pack(self.header(compressed), compressed.tensors, quality, compressed.policy.key())
+        return self.target.pack(compressed, quality)
 
-    def reload(self, path: Path) -> tuple[Artifact, nn.Module]:
+    def reload(self, path: Path) -> Reloaded:
         """The file at `path` read back and rebuilt on a fresh model of the task."""
-        artifact = read(path)
-        return artifact, build(artifact, self.task.model())
+        return self.target.reload(path)

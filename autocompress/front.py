@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autocompress.errors import AutocompressError, NothingFits
 from autocompress.trial import Budget, Evaluation, Measurement
@@ -14,19 +14,24 @@ Point = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """An evaluation with its number in the run; `quality_test` and `artifact` once the run has finalised it."""
+    """An evaluation with its number in the run; `quality_test` and `artifact` once the run has finalised it.
+
+    `final_ms` is its file's latency, timed again alone on the machine, if the run has a latency budget.
+    """
 
     number: int
     evaluation: Evaluation
     quality_test: float = math.nan
     artifact: str = ""
+    final_ms: float = math.nan
 
     @property
     def measured(self) -> Measurement:
-        """What it measured; only `ok` trials have that."""
-        if self.evaluation.measurement is None:
+        """What it measured, its latency by the last timing; only `ok` trials have that."""
+        found = self.evaluation.measurement
+        if found is None:
             raise ValueError(f"trial {self.number} has no measurement")
-        return self.evaluation.measurement
+        return found if math.isnan(self.final_ms) else replace(found, latency_ms=self.final_ms)
 
 
 def dominates(a: Point, b: Point) -> bool:

@@ -21,13 +21,13 @@ from autocompress.front import Trial
 from autocompress.policy import Policy
 from autocompress.trial import Evaluation
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = "journal.sqlite"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS trials (
     number INTEGER PRIMARY KEY, state TEXT NOT NULL, rung INTEGER NOT NULL, key TEXT NOT NULL,
     policy TEXT NOT NULL, evaluation TEXT, attempts INTEGER NOT NULL DEFAULT 1,
-    quality_test REAL, artifact TEXT, finished TEXT);
+    quality_test REAL, artifact TEXT, final_ms REAL, finished TEXT);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
@@ -149,15 +149,17 @@ class Journal:
         if done.rowcount != 1:
             raise RunError(f"trial {number} is already finished")
 
-    def finalise(self, number: int, quality_test: float, artifact: str) -> None:
-        """Write the test quality and artifact name of a front member."""
-        value = None if math.isnan(quality_test) else quality_test
-        self._db.execute("UPDATE trials SET quality_test = ?, artifact = ? WHERE number = ?", (value, artifact, number))
+    def finalise(self, number: int, quality_test: float, artifact: str, final_ms: float = math.nan) -> None:
+        """Write the test quality, artifact name and last timing of a front member."""
+        self._db.execute(
+            "UPDATE trials SET quality_test = ?, artifact = ?, final_ms = ? WHERE number = ?",
+            (_null(quality_test), artifact, _null(final_ms), number),
+        )
 
     def trials(self) -> list[Trial]:
         """Finished trials, in order."""
         rows = self._db.execute(
-            "SELECT number, policy, evaluation, quality_test, artifact FROM trials "
+            "SELECT number, policy, evaluation, quality_test, artifact, final_ms FROM trials "
             "WHERE state != 'running' ORDER BY number"
         ).fetchall()
         try:
@@ -166,6 +168,14 @@ class Journal:
             raise RunError(f"the journal holds a row that cannot be read: {error}") from error
 
 
-def _trial(number: int, policy: str, evaluation: str, quality_test: float | None, artifact: str | None) -> Trial:
+def _null(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _trial(number: int, policy: str, evaluation: str, *final: Any) -> Trial:
     known = Evaluation.from_json(Policy.from_json(json.loads(policy)), json.loads(evaluation))
-    return Trial(number, known, math.nan if quality_test is None else quality_test, artifact or "")
+    quality_test, artifact, final_ms = final
+    nan = math.nan
+    return Trial(
+        number, known, nan if quality_test is None else quality_test, artifact or "", nan if final_ms is None else final_ms
+    )

@@ -24,6 +24,9 @@ Gradient = Literal["none", "centralise", "standardise"]
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 """Weight widths: a sign times the row's scale, integers on an affine grid up to 8, IEEE half and single precision."""
 
+ACTIVATIONS = (8, 32)
+"""Widths of what layers pass on: unsigned bytes between integer kernels, or single precision."""
+
 
 def _require(condition: bool, what: str, given: object, required: str) -> None:
     if not condition:
@@ -116,6 +119,7 @@ class Policy:
     `keep` maps a coupling group to the share of its channels that stays; which ones is decided by `criterion`.
     `solver` says how zeros and codes are found: by magnitude and to the nearest grid point, or from the layer
     database, which compensates for what each layer's inputs show. Layers whose channels are pruned take the former.
+    `activations` of 8 runs every layer whose weights are integers on integer kernels, which `.onnx` files can.
     """
 
     layers: Mapping[str, LayerChoice] = field(default_factory=dict)
@@ -123,6 +127,7 @@ class Policy:
     criterion: Criterion = "l2"
     recovery: Recovery = field(default_factory=Recovery)
     solver: Solver = "nearest"
+    activations: int = 32
     _key: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -131,6 +136,7 @@ class Policy:
             _require(0.0 < ratio <= 1.0, f"keep ratio of {group}", ratio, "in (0, 1]")
         _one_of("criterion", self.criterion, Criterion)
         _one_of("solver", self.solver, Solver)
+        _require(self.activations in ACTIVATIONS, "activations", self.activations, f"one of {ACTIVATIONS}")
         object.__setattr__(self, "layers", MappingProxyType(dict(sorted(self.layers.items()))))
         object.__setattr__(self, "keep", MappingProxyType(dict(sorted(self.keep.items()))))
 
@@ -148,7 +154,7 @@ class Policy:
             "criterion": self.criterion,
             "solver": self.solver,
             "recovery": asdict(self.recovery),
-        }
+        } | ({} if self.activations == 32 else {"activations": self.activations})
 
     @classmethod
     def from_json(cls, data: Any) -> Policy:
@@ -166,6 +172,7 @@ class Policy:
                 criterion=top.get("criterion", "l2"),
                 solver=top.get("solver", "nearest"),
                 recovery=Recovery(**_typed(Recovery, "policy.recovery", top.get("recovery", {}))),
+                activations=_as(int, "policy.activations", top.get("activations", 32)),
             )
         except TypeError as error:
             raise PolicyError(f"policy: {error}") from None

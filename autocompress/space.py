@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from importlib import resources
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -97,6 +97,7 @@ class LayerSection(_Section):
     sparsity: Sparsities = [0.0]
     scheme: Annotated[list[Scheme], Field(min_length=1)] = ["symmetric"]
     solver: Annotated[list[Solver], Field(min_length=1)] = ["nearest"]
+    activations: Annotated[list[Literal[8, 32]], Field(min_length=1)] = [8]
 
 
 class ChannelSection(_Section):
@@ -210,8 +211,10 @@ class Space:
     A point is a mapping from parameter name to value: an index for `Ordered`, the value itself otherwise.
     """
 
-    def __init__(self, file: SpaceFile, graph: Graph) -> None:
+    def __init__(self, file: SpaceFile, graph: Graph, *, integers: bool = False) -> None:
+        """`integers` says whether what ships can run on integer kernels; otherwise activations are floats."""
         self.file, self.graph = file, graph
+        self.activations: tuple[int, ...] = tuple(dict.fromkeys(file.layers.activations)) if integers else (32,)
         self.bits = {layer.name: _worthwhile(layer, self._layer(layer.name, "bits")) for layer in graph.layers}
         self.sparsity = {
             layer.name: tuple(sorted(set(self._layer(layer.name, "sparsity")), reverse=True)) for layer in graph.layers
@@ -253,6 +256,7 @@ class Space:
         found.append(Categorical("solver", _distinct(self.file.layers.solver)))
         if any(len(ratios) > 1 for ratios in self.keep.values()):
             found.append(Categorical("criterion", _distinct(self.file.channels.criterion)))
+        found.append(Categorical("activations", self.activations))
         found.append(Categorical("batch_norm/reestimate", _distinct(self.file.batch_norm.reestimate)))
         found.append(Categorical("batch_norm/fold", _distinct(self.file.batch_norm.fold)))
         return tuple(p for p in found if not isinstance(p, Real) and len(p.values) > 1)
@@ -285,7 +289,8 @@ class Space:
         keep = {name: _at(ratios, point, f"keep/{name}") for name, ratios in self.keep.items()}
         criterion = point.get("criterion", self.file.channels.criterion[0])
         solver = point.get("solver", self.file.layers.solver[0])
-        return Policy(layers, keep, criterion, self._recovery(point, epochs), solver)  # type: ignore[arg-type]
+        width = point.get("activations", self.activations[0])
+        return Policy(layers, keep, criterion, self._recovery(point, epochs), solver, width)  # type: ignore[arg-type]
 
     def _recovery(self, point: Mapping[str, Value], epochs: int) -> Recovery:
         bn: dict[str, Any] = {
@@ -321,6 +326,7 @@ class Space:
             "scheme": next(iter(schemes), "symmetric"),
             "criterion": policy.criterion,
             "solver": policy.solver,
+            "activations": policy.activations,
             "batch_norm/reestimate": policy.recovery.reestimate_bn,
             "batch_norm/fold": policy.recovery.fold_bn,
         }
@@ -337,6 +343,8 @@ class Space:
 
     def preferred(self, name: str) -> Any:
         """What to take for a choice without an order until something speaks against it."""
+        if name == "activations":
+            return min(self.activations)
         sections = {"scheme": self.file.layers, "solver": self.file.layers, "criterion": self.file.channels}
         section = sections.get(name, self.file.batch_norm)
         allowed: list[Any] = getattr(section, name.removeprefix("batch_norm/"))
@@ -350,7 +358,8 @@ class Space:
         recovery = Recovery(
             reestimate_bn=self.preferred("batch_norm/reestimate"), fold_bn=self.preferred("batch_norm/fold")
         )
-        return Policy(layers, keep or {}, self.preferred("criterion"), recovery, self.preferred("solver"))
+        ways = self.preferred("criterion"), recovery, self.preferred("solver"), self.preferred("activations")
+        return Policy(layers, keep or {}, *ways)
 
     def uniform(self, bits: int = 32, sparsity: float = 0.0, keep: float = 1.0) -> Policy:
         """The same choice everywhere, or in each place the allowed one that is nearest to it."""

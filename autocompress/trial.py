@@ -23,13 +23,17 @@ _HELP = "use bytes (4MB, 900KiB), time (5ms, 800us) or a share of the dense mode
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What a candidate measured. Quality is the task's own metric in its own direction; loss is lower-better."""
+    """What a candidate measured. Quality is the task's own metric in its own direction; loss is lower-better.
+
+    `predicted_ms` is what a table of per-layer times says of it, NaN where there is none.
+    """
 
     bytes: int
     macs: int
     quality: float = math.nan
     loss: float = math.nan
     latency_ms: float = math.nan
+    predicted_ms: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)

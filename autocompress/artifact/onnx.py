@@ -8,20 +8,25 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
+import struct
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
+from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autocompress.artifact.onnx_graph import (
+    DOMAIN,
     INTEGER_OPS,
     OPSET,
     Codes,
@@ -33,7 +38,7 @@ from autocompress.artifact.onnx_graph import (
     filled,
     quantised,
 )
-from autocompress.errors import ExportError
+from autocompress.errors import ArtifactError, ExportError
 from autocompress.graph import Layer
 from autocompress.runtime import RuntimeModel, feeds, session
 from autocompress.stored import Full, Half, Quantised, Raw, Stored, StoredModel, to_half
@@ -199,9 +204,32 @@ def _codes(stored: Quantised) -> Filling:
     return Codes(codes, np.where(silent, np.float16(1), scale), 2.0**-exponent, stored.bits, low, 1, kept)
 
 
-def about(task: str, metric: str, key: str, quality: float) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class About:
     """The file's metadata: what it was made for, its policy's key, and the quality on `val` that it claims."""
-    return {"autocompress": json.dumps({"task": task, "metric": metric, "policy": key, "quality": quality})}
+
+    task: str
+    metric: str
+    key: str
+    quality: float = math.nan
+
+    def to_json(self) -> str:
+        """Text whose length does not depend on the quality."""
+        return json.dumps([self.task, self.metric, self.key, struct.pack(">d", self.quality).hex()])
+
+    @classmethod
+    def read(cls, path: Path) -> tuple[About, bytes]:
+        """Metadata and content of the file at `path`. Raises `ArtifactError` for anything that is none of ours."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
+        try:
+            notes = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
+            task, metric, key, quality = (str(text) for text in json.loads(notes[DOMAIN]))
+            return cls(task, metric, key, struct.unpack(">d", bytes.fromhex(quality))[0]), content
+        except (KeyError, TypeError, ValueError, RecursionError, struct.error, DecodeError):
+            raise ArtifactError(f"{path} is not an ONNX file that autocompress wrote; export it again") from None
 
 
 # --- files of one network's versions ----------------------------------------------------------------------
@@ -237,11 +265,16 @@ class Exporter:
         self._dense = export(dense.model, self._pair, self._weights)
         self._known[dense.architecture] = self._checked(self._dense, dense)
 
-    def build(self, candidate: Candidate, about: Mapping[str, str]) -> bytes:
-        """The file of `candidate`, with `about` in its metadata. Raises `ExportError`."""
+    def build(self, candidate: Candidate, about: About) -> bytes:
+        """The file of `candidate`. Raises `ExportError`."""
         exported = self._exported(candidate)
         skeleton = self._precise(exported, candidate)
-        return bytes(filled(skeleton, fillings(candidate.tensors, skeleton.places), about).SerializeToString())
+        notes = {DOMAIN: about.to_json()}
+        return bytes(filled(skeleton, fillings(candidate.tensors, skeleton.places), notes).SerializeToString())
+
+    def kernels(self, candidate: Candidate) -> Hashable:
+        """Equal for candidates that run the same kernels on the same shapes, and so take the same time."""
+        return candidate.architecture, candidate.activations, self._chosen(self._exported(candidate), candidate)
 
     def module(self, ran: onnxruntime.InferenceSession) -> RuntimeModel:
         """A session on one of these files, returning what the model returns."""
@@ -271,16 +304,22 @@ class Exporter:
 
     def _precise(self, exported: Exported, candidate: Candidate) -> Skeleton:
         """The skeleton with integer kernels for what has integer weights, if the candidate wants them."""
-        if candidate.activations == 32:
+        chosen = self._chosen(exported, candidate)
+        if not chosen:
             return exported.skeleton
-        weights = exported.skeleton.weights
-        chosen = frozenset(name for name in weights if fits_integers(candidate.tensors[name]))
         key = id(exported), chosen
         if key not in self._integer:
             ranges = self._ranges.get(id(exported)) or self._measured(exported)
             self._ranges[id(exported)] = ranges
             self._integer[key] = quantised(exported.skeleton, ranges, chosen)
         return self._integer[key]
+
+    @staticmethod
+    def _chosen(exported: Exported, candidate: Candidate) -> frozenset[str]:
+        """Weights that integer kernels compute with."""
+        if candidate.activations == 32:
+            return frozenset()
+        return frozenset(name for name in exported.skeleton.weights if fits_integers(candidate.tensors[name]))
 
     def _measured(self, exported: Exported) -> Mapping[str, Range]:
         """Least and greatest value of every activation over the examples."""

@@ -312,6 +312,23 @@ def filled(skeleton: Skeleton, fillings: Mapping[str, Filling], about: Mapping[s
     return proto
 
 
+def cost(filling: Filling, *, integer: bool) -> tuple[int, frozenset[str]]:
+    """Bytes that one tensor takes in a file, and the functions that it calls.
+
+    Names are a few bytes longer in large graphs, and constants that several tensors share are there once.
+    """
+    parts = _Parts()
+    parts.add(Place("w"), filling, integer=integer)
+    proto = onnx.ModelProto(graph=helper.make_graph(parts.nodes, "g", [], [], parts.tensors))
+    _compact(proto, {})
+    return proto.ByteSize(), frozenset(node.op_type for node in parts.nodes if node.domain == DOMAIN)
+
+
+def functions_bytes(names: Iterable[str]) -> int:
+    """Bytes of the functions called `names`."""
+    return int(onnx.ModelProto(functions=[_FUNCTIONS[name] for name in names]).ByteSize())
+
+
 class _Parts:
     """Initializers and nodes that give the skeleton its tensors."""
 

@@ -1,0 +1,283 @@
+"""What ships, and where it runs: the packed file in PyTorch, or the ONNX file in ONNX Runtime.
+
+A target says how large a policy's file is, makes it, and times it where it will run. Knows nothing about searches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from autocompress import runtime
+from autocompress.artifact import packed
+from autocompress.artifact.layout import Header, file_bytes, weight_entry
+from autocompress.artifact.onnx import About, Candidate, Exporter, filling
+from autocompress.artifact.onnx_graph import Filling, Halves, cost, functions_bytes
+from autocompress.engine import Compressed, Workbench, compress
+from autocompress.graph import Layer, Shape
+from autocompress.measure.latency import RUNTIME, Latency, LatencyMeter, RuntimeMeter
+from autocompress.measure.latency_table import LatencyTable
+from autocompress.measure.size import Size
+from autocompress.policy import LayerChoice, Policy
+from autocompress.stored import Quantised, Stored
+from autocompress.task import few
+from autocompress.trial import Measurement
+
+FormatName = Literal["packed", "onnx"]
+RANGE_BATCHES = 2
+"""Calibration batches over which activations' ranges are gathered."""
+SLACK = 64
+"""Bytes by which a predicted file may be too short: lengths of lengths, and longer names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a model will run: threads, inputs at once, and a table of another machine's times, if it is that one."""
+
+    threads: int = 1
+    batch: int = 1
+    table: LatencyTable | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Shipped:
+    """A candidate as it ships: bytes of its file, the model that runs it, and how long that takes (timed if asked)."""
+
+    bytes: int
+    model: nn.Module
+    time: Callable[[], Latency]
+
+
+class Reloaded(NamedTuple):
+    """A file read back: its length, the quality on `val` that it claims, and the model that runs it."""
+
+    bytes: int
+    quality: float
+    model: nn.Module
+
+
+class Target(Protocol):
+    """One kind of file with its runtime."""
+
+    suffix: str
+    runtime: str
+
+    @property
+    def dense_ms(self) -> float:
+        """Latency of the dense model in this runtime."""
+        ...
+
+    def predict(self, policy: Policy) -> Measurement:
+        """Bytes, multiply-accumulates and, where they can be told, milliseconds of the one-shot policy."""
+        ...
+
+    def bound(self, policy: Policy) -> Measurement:
+        """The same by arithmetic alone: no fewer bytes than its file."""
+        ...
+
+    def level_bytes(self, layer: Layer, choice: LayerChoice, stored: Stored) -> int:
+        """Bytes of one layer's part of the file."""
+        ...
+
+    def prepared(self, policy: Policy) -> Policy:
+        """The policy as the engine must apply it for this file."""
+        ...
+
+    def ship(self, compressed: Compressed, model: nn.Module) -> Shipped:
+        """The candidate with exactly these tensors, which `model` holds too."""
+        ...
+
+    def predicted_ms(self, policy: Policy) -> float:
+        """Milliseconds that a table of layer times foretells; NaN without one."""
+        ...
+
+    def pack(self, compressed: Compressed, quality: float) -> bytes:
+        """The file's content."""
+        ...
+
+    def reload(self, path: Path) -> Reloaded:
+        """The file at `path`. Raises `ArtifactError`."""
+        ...
+
+    def retime(self, path: Path) -> Latency:
+        """The file at `path` alone on this machine, with many samples."""
+        ...
+
+
+class PackedTarget:
+    """`.acz` files, which PyTorch runs."""
+
+    suffix, runtime = ".acz", RUNTIME
+
+    def __init__(self, bench: Workbench, dense_ms: float | None = None) -> None:
+        self._bench, self._task, self._graph = bench, bench.task, bench.graph
+        self.size = Size(bench.graph, bench.task.name, bench.task.metric)
+        self._meter = LatencyMeter(bench.teacher, bench.example.inputs, dense_ms)
+
+    @property
+    def dense_ms(self) -> float:
+        return self._meter.dense
+
+    def predict(self, policy: Policy) -> Measurement:
+        return Measurement(self.size(policy, self._bench.coded_lengths(policy)), self._graph.macs(policy))
+
+    def bound(self, policy: Policy) -> Measurement:
+        return Measurement(self.size(policy), self._graph.macs(policy))
+
+    def level_bytes(self, layer: Layer, choice: LayerChoice, stored: Stored) -> int:
+        count = math.prod(layer.shape)
+        coded = stored.coded if isinstance(stored, Quantised) else None
+        return weight_entry(layer.weight, layer.shape, choice, count - choice.zeros(count), coded).nbytes
+
+    def prepared(self, policy: Policy) -> Policy:
+        return policy
+
+    def ship(self, compressed: Compressed, model: nn.Module) -> Shipped:
+        shapes = self._graph.architecture(compressed.policy)
+        return Shipped(file_bytes(self.header(compressed)), model, lambda: self._meter(model, shapes))
+
+    def predicted_ms(self, policy: Policy) -> float:  # noqa: ARG002
+        return math.nan
+
+    def header(self, compressed: Compressed) -> Header:
+        """The header of the file that holds exactly these tensors."""
+        return self.size.header(compressed.policy, compressed.coded_lengths())
+
+    def pack(self, compressed: Compressed, quality: float) -> bytes:
+        return packed.pack(self.header(compressed), compressed.tensors, quality, compressed.policy.key())
+
+    def reload(self, path: Path) -> Reloaded:
+        artifact = packed.read(path)
+        return Reloaded(artifact.bytes, artifact.quality, packed.build(artifact, self._task.model()))
+
+    def retime(self, path: Path) -> Latency:
+        return self._meter(self.reload(path).model)
+
+
+class OnnxTarget:
+    """`.onnx` files, which ONNX Runtime runs. Batch norms are always folded: the runtime would do it anyway."""
+
+    suffix, runtime = ".onnx", runtime.NAME
+
+    def __init__(self, bench: Workbench, place: Place | None = None, dense_ms: float | None = None) -> None:
+        """Exports the dense model and times it. Raises `ExportError`."""
+        self._bench, self._task, self._graph = bench, bench.task, bench.graph
+        self._place = place or Place()
+        dense = self._candidate(compress(bench, Policy()), Policy())
+        examples = [batch.inputs for batch in bench.calibration[:RANGE_BATCHES]]
+        self.exporter = Exporter(self._graph.layers, dense, examples)
+        inputs = few(bench.teacher, bench.example.inputs, self._place.batch)
+        reference = self.exporter.build(dense, self._about(Policy()))
+        self.table = self._place.table
+        self._carried = self.table is not None
+        self.meter = RuntimeMeter(reference, inputs, threads=self._place.threads, dense_ms=dense_ms)
+        self._times: dict[Hashable, Latency] = {}
+        self._cost = lru_cache(maxsize=4096)(_cost)
+        self._base = lru_cache(maxsize=None)(self._frame)
+
+    @property
+    def dense_ms(self) -> float:
+        return self.meter.dense if self.table is None or not self._carried else self.predicted_ms(Policy())
+
+    def predicted_ms(self, policy: Policy) -> float:
+        return math.nan if self.table is None else self.table.predict(self._graph, policy, policy.activations)
+
+    def _about(self, policy: Policy, quality: float = math.nan) -> About:
+        return About(self._task.name, self._task.metric, policy.key(), quality)
+
+    def _candidate(self, compressed: Compressed, policy: Policy, model: nn.Module | None = None) -> Candidate:
+        module = self._bench.realise(compressed) if model is None else model
+        return Candidate(compressed.tensors, module, self._graph.architecture(policy), policy.activations)
+
+    # --- sizes ---
+
+    def predict(self, policy: Policy) -> Measurement:
+        return self.bound(policy)
+
+    def bound(self, policy: Policy) -> Measurement:
+        policy = self.prepared(policy)
+        size, called = self._parts(policy)
+        length = self._base(policy.activations) + size + functions_bytes(called) + SLACK
+        return Measurement(length, self._graph.macs(policy), predicted_ms=self.predicted_ms(policy))
+
+    def _parts(self, policy: Policy) -> tuple[int, frozenset[str]]:
+        """Bytes of the tensors, and what they call."""
+        choices = {layer.weight: choice for layer, choice in self._graph.choices(policy)}
+        integer = policy.activations == 8
+        parts = [
+            self._cost(choices.get(name), self._graph.tensors.get(name, ((), "float32"))[1], shape, integer)
+            for name, shape in self._graph.contents(policy).items()
+        ]
+        return sum(size for size, _ in parts), frozenset().union(*(called for _, called in parts))
+
+    def _frame(self, activations: int) -> int:
+        """Bytes of everything that is no tensor of the model, at most."""
+        policy = Policy({x.name: LayerChoice(8) for x in self._graph.layers}, activations=activations)
+        candidate = self._candidate(compress(self._bench, policy), policy)
+        length = len(self.exporter.build(candidate, self._about(policy)))
+        size, called = self._parts(policy)
+        return length - size - functions_bytes(called)
+
+    def level_bytes(self, layer: Layer, choice: LayerChoice, stored: Stored) -> int:  # noqa: ARG002
+        return self._cost(choice, "float32", layer.shape, True)[0]
+
+    # --- files ---
+
+    def prepared(self, policy: Policy) -> Policy:
+        return replace(policy, recovery=replace(policy.recovery, fold_bn=True))
+
+    def ship(self, compressed: Compressed, model: nn.Module) -> Shipped:
+        candidate = self._candidate(compressed, compressed.policy, model)
+        content = self.exporter.build(candidate, self._about(compressed.policy))
+        ran = self.exporter.module(runtime.session(content, torch.get_num_threads()))
+        return Shipped(len(content), ran, lambda: self._timed(candidate, content, compressed.policy))
+
+    def _timed(self, candidate: Candidate, content: bytes, policy: Policy) -> Latency:
+        """Equal kernels get equal numbers: a search does not choose by noise."""
+        if self._carried:
+            ms = self.predicted_ms(policy)
+            return Latency(ms, ms, ms, 0)
+        key = self.exporter.kernels(candidate)
+        if key not in self._times:
+            self._times[key] = self.meter(content)
+        return self._times[key]
+
+    def pack(self, compressed: Compressed, quality: float) -> bytes:
+        candidate = self._candidate(compressed, compressed.policy)
+        return self.exporter.build(candidate, self._about(compressed.policy, quality))
+
+    def reload(self, path: Path) -> Reloaded:
+        notes, content = About.read(path)
+        ran = self.exporter.module(runtime.session(content, torch.get_num_threads()))
+        return Reloaded(len(content), notes.quality, ran)
+
+    def retime(self, path: Path) -> Latency:
+        return self.meter.alone(About.read(path)[1])
+
+
+def _cost(choice: LayerChoice | None, dtype: str, shape: Shape, integer: bool) -> tuple[int, frozenset[str]]:
+    return cost(_dummy(choice, dtype, shape), integer=integer)
+
+
+def _dummy(choice: LayerChoice | None, dtype: str, shape: Shape) -> Filling:
+    """What takes as many bytes as any tensor of this shape under `choice`, or beside the layers (None)."""
+    width = 16 if choice is None else choice.bits
+    if width == 32 or dtype == "exact" or not dtype.startswith(("float", "bfloat")):
+        return np.zeros(shape, dtype=np.float32 if width == 32 or dtype in ("exact", "bfloat16") else dtype)
+    if choice is None or width == 16:
+        return Halves(np.zeros(shape, dtype=np.float16), 1.0)
+    count = math.prod(shape)
+    stays = (torch.arange(count) >= choice.zeros(count)).reshape(shape)
+    symmetric = choice.scheme == "symmetric" or width == 1
+    zero = torch.full((shape[0],), 2 ** (width - 1), dtype=torch.uint8)
+    codes = torch.where(stays, 0, zero.reshape(-1, *[1] * (len(shape) - 1))).to(torch.uint8)
+    mask = None if bool(stays.all()) else stays
+    return filling(Quantised(codes, torch.ones(shape[0]), zero, width, symmetric, mask))
