@@ -133,10 +133,7 @@ def pick(trials: Sequence[Trial], direction: str, wish: Wish, budget: Budget) ->
     rules everything out.
     """
     if wish.trial is not None:
-        for trial in trials:
-            if trial.number == wish.trial and trial.evaluation.status == "ok":
-                return trial
-        raise AutocompressError(f"trial {wish.trial} is not in this run or was not measured; see front.csv")
+        return _named(trials, wish.trial)
     fits = feasible(trials, budget)
     if not fits:
         raise NothingFits(f"this run has no trial within {budget}")
@@ -160,6 +157,25 @@ def pick(trials: Sequence[Trial], direction: str, wish: Wish, budget: Budget) ->
     if not wish.best and wish.min_quality is not None and wish.max_size is None and wish.max_latency is None:
         return min(fits, key=lambda t: (t.measured.bytes, -sign * t.measured.quality, t.number))
     return min(fits, key=lambda t: (-sign * t.measured.quality, t.measured.bytes, t.measured.latency_ms, t.number))
+
+
+def _named(trials: Sequence[Trial], number: int) -> Trial:
+    """The trial of this number, which must have been scored on all of `val`: nothing else says how good it is."""
+    found = next((t for t in trials if t.number == number and t.evaluation.status == "ok"), None)
+    if found is None:
+        raise AutocompressError(f"trial {number} is not in this run or was not measured; see front.csv")
+    if not found.evaluation.screened:
+        return found
+    key = found.evaluation.policy.key()
+    whole = [t for t in trials if t.evaluation.status == "ok" and not t.evaluation.screened]
+    same = next((t.number for t in whole if t.evaluation.policy.key() == key), None)
+    if same is not None:
+        fix = f"its policy was scored on all of it as trial {same}: use --trial {same}"
+    elif whole:
+        fix = f"choose one that was scored on all of it: {', '.join(str(t.number) for t in whole)}"
+    else:
+        fix = "continue the run with --resume, so that its best trials are scored on all of it"
+    raise AutocompressError(f"trial {number} was scored on a part of val only; {fix}")
 
 
 def _reach(fits: Sequence[Trial], direction: str) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from autocompress.errors import PolicyError, RunError
+from autocompress.errors import AutocompressError, PolicyError, RunError, TaskError
 from autocompress.graph import Graph, Layer
 from autocompress.policy import LayerChoice, Policy, Solver
 from autocompress.space import Space
@@ -140,14 +141,17 @@ def profile_key(space: Space, identity: object) -> str:
 
 
 def measure(measures: Measures, space: Space, key: str, watch: Watch, clock: Callable[[], float]) -> Profile:
-    """Solve the levels of every layer, and evaluate each layer alone, once. `watch` follows it; `clock` in seconds."""
+    """Solve the levels of every layer, and evaluate each layer alone, once. `watch` follows it; `clock` in seconds.
+
+    Levels that cannot be solved or evaluated are left out, with a warning. Raises `TaskError` if a layer has no other.
+    """
     start = clock()
     layers: list[LayerProfile] = []
     total = 2 * len(space.graph.layers)
     for layer in space.graph.layers:
         levels = levels_of(measures, space, layer)
         watch(len(layers) * 2, total, f"{layer.name}: {len(levels)} levels solved")
-        layers.append(LayerProfile(layer.name, levels, _sensitivity(measures, space, layer, levels)))
+        layers.append(_probed(measures, space, layer, levels))
         watch(len(layers) * 2, total, f"{layer.name} measured")
     return Profile(key, tuple(layers), (), len(layers), clock() - start)
 
@@ -173,31 +177,69 @@ def levels_of(measures: Measures, space: Space, layer: Layer) -> tuple[Level, ..
     them, and no budget's best sum of losses moved by 0.1%.
     """
     scheme, solver = space.preferred("scheme"), space.preferred("solver")
-    rough = [
-        measures.level(layer, LayerChoice(int(bits), zeros, scheme), "nearest")
-        for bits in space.bits[layer.name]
-        for zeros in space.sparsity[layer.name]
-    ]
+    every = [LayerChoice(int(b), zeros, scheme) for b in space.bits[layer.name] for zeros in space.sparsity[layer.name]]
+    rough = _solved(measures, layer, every, "nearest")
     useful = [a for a in rough if not any(b.bytes <= a.bytes and b.error < a.error for b in rough)]
-    return tuple(useful if solver == "nearest" else [measures.level(layer, a.choice, solver) for a in useful])
+    return tuple(useful if solver == "nearest" else _solved(measures, layer, [a.choice for a in useful], solver))
 
 
-def _sensitivity(measures: Measures, space: Space, layer: Layer, levels: Sequence[Level]) -> float:
-    """Loss per unit of error, at the level whose error is nearest to the probed one."""
-    harmful = [level for level in levels if level.error > 0]
-    if not harmful:
-        return 0.0
-    probe = min(harmful, key=lambda level: abs(math.log(level.error / PROBED_ERROR)))
-    try:
-        loss = measures.loss(space.only({layer.name: probe.choice}))
-    except FloatingPointError:  # a model that breaks here is as sensitive as can be
-        loss = BROKEN_LOSS
-    return max(loss, 1e-9) / probe.error
+def _solved(measures: Measures, layer: Layer, choices: Sequence[LayerChoice], solver: Solver) -> list[Level]:
+    """The levels of those `choices` that can be solved."""
+    found: list[Level] = []
+    for choice in choices:
+        try:
+            level = measures.level(layer, choice, solver)
+            if not math.isfinite(level.error):
+                raise ValueError(f"its error is {level.error}")
+            found.append(level)
+        except AutocompressError:
+            raise
+        except Exception as error:  # whatever the solver raises on these weights
+            _warn_unusable(layer, choice, error)
+    return found
+
+
+def _probed(measures: Measures, space: Space, layer: Layer, levels: Sequence[Level]) -> LayerProfile:
+    """The layer with its loss per unit of error, at the level whose error is nearest to the probed one.
+
+    If the model cannot be evaluated there, that level is left out and the next nearest one is taken.
+    """
+    left = list(levels)
+    while harmful := [level for level in left if level.error > 0]:
+        probe = min(harmful, key=lambda level: abs(math.log(level.error / PROBED_ERROR)))
+        try:
+            loss = measures.loss(space.only({layer.name: probe.choice}))
+        except FloatingPointError:  # a model that breaks here is as sensitive as can be
+            loss = BROKEN_LOSS
+        except AutocompressError:
+            raise
+        except Exception as error:  # whatever the user's model or metric raises
+            _warn_unusable(layer, probe.choice, error)
+            left.remove(probe)
+            continue
+        return LayerProfile(layer.name, tuple(left), max(loss, 1e-9) / probe.error)
+    if not left:
+        raise TaskError(
+            f"every level of layer {layer.name} failed, the warnings say why: mend that, or leave the layer dense "
+            f'with an [[override]] of the space: match = "{layer.name}", bits = [32], sparsity = [0.0]'
+        )
+    return LayerProfile(layer.name, tuple(left), 0.0)
+
+
+def _warn_unusable(layer: Layer, choice: LayerChoice, error: Exception) -> None:
+    what = f"{choice.bits} bits with {choice.sparsity:.0%} zeros"
+    text = " ".join(str(error).split())
+    warnings.warn(f"layer {layer.name} is not used at {what}: {type(error).__name__}: {text}", stacklevel=3)
 
 
 def _group(measures: Measures, space: Space, name: str, ratios: Sequence[float]) -> GroupProfile:
     keep = ratios[len(ratios) // 2] if len(ratios) > 2 else ratios[0]
     try:
         return GroupProfile(name, keep, max(0.0, measures.loss(space.only({}, {name: keep}))))
-    except FloatingPointError:
+    except AutocompressError:
+        raise
+    except Exception as error:
+        if not isinstance(error, FloatingPointError):
+            text = " ".join(str(error).split())
+            warnings.warn(f"channels of {name} seem indispensable: {type(error).__name__}: {text}", stacklevel=3)
         return GroupProfile(name, keep, BROKEN_LOSS)

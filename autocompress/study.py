@@ -48,6 +48,7 @@ PROMOTED_BEST = 6
 """Screened policies of least loss that are scored on all of `val`."""
 TRAINING_ROOM = 0.01
 """Share of a byte budget that recovery training's parents leave free, where the front has such members."""
+NO_TIME = "the time ran out before the first evaluation: continue with --resume and a longer --timeout"
 _OURS = re.compile(r"trial-\d+\.(acz|json)|\.trial-\d+\.(acz|json)\..*")
 """Files of a run folder that may be removed: finished ones, and temporary ones of `files.write`."""
 _PACKAGES = ("autocompress", "torch", "torch-pruning", "optuna", "numpy", "scikit-learn")
@@ -227,11 +228,8 @@ class Study:
         static = self.budget.static()
         if static.excess(self.evaluator.bound(policy)) <= 0:
             return None
-        try:
-            predicted = self.evaluator.predict(policy)
-        except Exception:  # what cannot be built fails when it is, and is recorded as that
-            return None
-        return predicted if static.excess(predicted) > 0 else None
+        predicted = _predicted(self.evaluator, policy)
+        return predicted if predicted is not None and static.excess(predicted) > 0 else None
 
     def _needs_running(self, policy: Policy, rung: int, *, screen: bool = False) -> bool:
         """Write that the trial starts; settle it here if it is over budget, known, or fatal to its process."""
@@ -258,6 +256,7 @@ class Study:
         """
         screen = self.evaluator.screens
         limit = self._timeout * (0.5 if self.settings.epochs else 0.8 if screen else 1.0)
+        self.warnings = [text for text in self.warnings if text != NO_TIME]
         since, before, total = time.monotonic(), self._searched(), self.settings.trials
 
         def jobs() -> Iterator[Job]:
@@ -275,6 +274,8 @@ class Study:
         for evaluation in self._runner.run(jobs()):
             self._settle(evaluation)
             self._report("searching", self._searched(), total, since, before)
+        if not self.trials and self.seconds >= limit:
+            self.warn(NO_TIME)
 
     def _searched(self) -> int:
         """Candidates that the search has measured: promotions are not counted again."""
@@ -286,21 +287,29 @@ class Study:
         return evaluation.rung == 0 and not whole
 
     def promote(self) -> None:
-        """Score the best of what was screened on all of `val`: spread along the front, most of them near the budget.
+        """Score the best of what was screened on all of `val`: the least losses first, then members of the front.
 
-        Without this a search would pick what suits the screened part by chance.
+        Without this a search would pick what suits the screened part by chance. So one candidate is promoted even if
+        the search was stopped or its time is up; then these end it after the promotion in flight.
         """
         chosen = self._promising()
         since, total = time.monotonic(), len(chosen)
 
         def jobs() -> Iterator[Job]:
             for policy in chosen:
+                if (self._stopped or self.seconds > self._timeout) and self._has_whole():
+                    return
                 if self._needs_running(policy, 0):
                     yield Job(policy, 0)
 
         for done, evaluation in enumerate(self._runner.run(jobs()), 1):
             self._settle(evaluation)
             self._report("promoting", done, total, since, 0)
+
+    def _has_whole(self) -> bool:
+        """Whether a candidate within the budget was scored on all of `val`."""
+        whole = [t for t in self.trials if t.evaluation.status == "ok" and not t.evaluation.screened]
+        return any(self.budget.excess(t.measured) <= 0 for t in whole)
 
     def _promising(self) -> list[Policy]:
         """Screened policies to promote: the least losses within the budget, and members of the front of losses."""
@@ -314,9 +323,9 @@ class Study:
         front = sorted((fits[i] for i in non_dominated(points)), key=lambda t: t.measured.bytes)
         count = min(len(front), max(PROMOTED_BEST, self.settings.trials // 5))
         spread = [front[i] for i in _spread(len(front), count)]
-        promoted = {t.number: t.evaluation.policy for t in (*best, *spread)}
+        promoted = {t.evaluation.policy.key(): t.evaluation.policy for t in (*best, *spread)}
         tried = {e.policy.key() for e in (t.evaluation for t in self.trials) if not e.rung and not e.screened}
-        return [p for _, p in sorted(promoted.items()) if p.key() not in tried]
+        return [policy for key, policy in promoted.items() if key not in tried]
 
     def _idle(self) -> int:
         """Proposals since the last one-shot evaluation: how far an earlier part of the run had got to giving up."""
@@ -465,10 +474,12 @@ def search(
     """Run a search in `folder`, or continue the one that is there.
 
     `space` stands for `settings.space` if given; a resumed run keeps its own, and refuses another. `timeout` in
-    seconds bounds this call. `started` gets the `Study` before its first trial, so that a signal handler can stop it.
-    Raises `RunError` if the folder is in the way, absent or of another search, `NothingFits` if no policy of the
-    space can fit, and what loading the task and space raise.
+    seconds bounds this call, the profile included; what is in flight is not cut off. `started` gets the `Study` before
+    its first trial, so that a signal handler can stop it. Raises `RunError` if the folder is in the way, absent or of
+    another search, or the time ends before the profile does, `NothingFits` if no policy of the space can fit, and what
+    loading the task and space raise.
     """
+    begun = time.monotonic()
     if resume:
         file = check_resumable(folder, settings, space)
     else:
@@ -488,7 +499,10 @@ def search(
         _write_config(folder, settings, file, command, resume=resume)
         for name in ("artifacts", "policies"):
             (folder / name).mkdir(exist_ok=True)
-        profile = _profile(evaluator, choices, budget, journal, watch) if with_profile else None
+        profile = (
+            _profile(evaluator, choices, budget, journal, _until(begun + timeout, watch)) if with_profile else None
+        )
+        timeout -= time.monotonic() - begun
         size = _size_of(evaluator)
         controller = make_controller(settings.controller, choices, budget, size, settings.seed, profile)
 
@@ -543,15 +557,36 @@ def _size_of(evaluator: Evaluator) -> Predict:
     """What controllers are told of a policy's size: exact, and where its codes cannot be found at most."""
 
     def size(policy: Policy) -> Measurement:
-        try:
-            return evaluator.predict(policy)
-        except Exception:  # the candidate will fail when it is built, and is recorded as that
-            return evaluator.bound(policy)
+        return _predicted(evaluator, policy) or evaluator.bound(policy)
 
     return size
 
 
-def _profile(evaluator: Evaluator, space: Space, budget: Budget, journal: Journal, watch: Watch | None) -> Profile:
+def _predicted(evaluator: Evaluator, policy: Policy) -> Measurement | None:
+    """The exact size; None if the codes cannot be found: the candidate fails when it is built, and is recorded so."""
+    try:
+        return evaluator.predict(policy)
+    except Exception:  # whatever the building of a layer raises
+        return None
+
+
+def _until(deadline: float, watch: Watch | None) -> Watch:
+    """`watch`, and `RunError` once the time of the monotonic clock is past `deadline`."""
+
+    def follow(progress: Progress) -> None:
+        if time.monotonic() > deadline and progress.done < progress.total:
+            raise RunError(
+                f"--timeout ran out while profiling, {progress.done} of {progress.total} steps done: continue with "
+                "--resume and a longer --timeout (solved layers are kept), or start with --controller tpe, which "
+                "needs no profile"
+            )
+        if watch is not None:
+            watch(progress)
+
+    return follow
+
+
+def _profile(evaluator: Evaluator, space: Space, budget: Budget, journal: Journal, watch: Watch) -> Profile:
     """The profile of this run, of an earlier search of the same model and levels, or a new one, kept for later ones."""
     key = profile_key(space, {**_identity(evaluator), "seed": evaluator.seed})
     cached = cache_folder() / "profiles" / f"{key}.json"
@@ -569,8 +604,7 @@ def _profile(evaluator: Evaluator, space: Space, budget: Budget, journal: Journa
     def follow(done: int, total: int, detail: str) -> None:
         seconds = time.monotonic() - start
         left = seconds / done * (total - done) if done else None
-        if watch is not None:
-            watch(Progress("profiling", done, total, 0, 0, None, seconds, left, detail))
+        watch(Progress("profiling", done, total, 0, 0, None, seconds, left, detail))
 
     if profile is None:
         profile = measure(evaluator, space, key, follow, time.monotonic)

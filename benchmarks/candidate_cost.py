@@ -4,11 +4,11 @@
 
 A candidate is stitched from solved levels into a resident model, its batch-norm statistics are re-estimated, and it is
 screened. `forward` is one pass of the dense model, as the task gives it, over the same screening inputs; `folded` the
-same with its batch norms folded, as candidates are scored. The usual way (`naive`) copies the model, compresses every
-layer anew with the layer database's own solver, its statistics given, and validates on all of `val`; `naive, rounding`
-does it with magnitude pruning and plain rounding, which is quicker and worse. Every repetition takes another policy;
-the parts alternate, so that a busy machine slows all alike. Wall seconds, median with least and most. Ends with one
-JSON line.
+same as candidates are screened: its batch norms folded, its convolutions channels last. The usual way (`naive`) copies
+the model, compresses every layer anew with the layer database's own solver, its statistics given, and validates on all
+of `val`; `naive, rounding` does it with magnitude pruning and plain rounding, which is quicker and worse. Every
+repetition takes another policy; the parts alternate, so that a busy machine slows all alike. Wall seconds, median with
+least and most. Ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from time import perf_counter
 import torch
 
 from autocompress import Space, load_space, load_task
+from autocompress.channels_last import channels_last
 from autocompress.engine import Workbench, compress
 from autocompress.engine.compensate import removal_order, solve
 from autocompress.engine.prune import magnitude_mask
@@ -61,9 +62,9 @@ def policies(space: Space, count: int, levels: int) -> list[Policy]:
     return found
 
 
-def forward(model: torch.nn.Module, meter: QualityMeter) -> None:
-    """One pass over the meter's inputs, nothing else."""
-    with torch.inference_mode():
+def forward(model: torch.nn.Module, meter: QualityMeter, *, screened: bool) -> None:
+    """One pass over the meter's inputs, nothing else; in the layout of a screened model or as the model is."""
+    with torch.inference_mode(), channels_last(model, wanted=screened):
         for batch in meter.part or ():
             call(model, batch.inputs)
 
@@ -108,7 +109,7 @@ def main() -> None:
     found: Seconds = {}
     meter = evaluator.quality
     for policy in drawn[1:]:
-        timed(found, "forward", lambda: forward(bench.teacher, screen))
+        timed(found, "forward", lambda: forward(bench.teacher, screen, screened=False))
         timed(found, "candidate", lambda p=policy: evaluator(p, screen=True))  # type: ignore[misc]
         one_shot = bench.one_shot(policy)
         state = {**one_shot.state, **{name: stored.dense() for name, stored in one_shot.weights.items()}}
@@ -117,7 +118,7 @@ def main() -> None:
         timed(found, "stitch", lambda p=still: bench.realise(compress(bench, p)))  # type: ignore[misc]
         model = bench.realise(compress(bench, policy))
         timed(found, "score", lambda m=model: screen(m))  # type: ignore[misc]
-        timed(found, "folded", lambda: forward(dense, screen))
+        timed(found, "folded", lambda: forward(dense, screen, screened=screen.channels_last))
         timed(found, "naive, rounding", lambda p=policy: naive(bench, p, meter, database=False))  # type: ignore[misc]
         timed(found, "naive", lambda p=policy: naive(bench, p, meter, database=True))  # type: ignore[misc]
     print(f"| part | median s | least | most |\n|---|---:|---:|---:|   n = {given.repetitions}")

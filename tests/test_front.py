@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from fakes import evaluation
@@ -237,6 +238,20 @@ def test_nothing_within_the_budget_names_the_budget() -> None:
 def test_failed_trial_cannot_be_picked() -> None:
     with pytest.raises(AutocompressError, match="trial 0"):
         pick([Trial(0, evaluation(status="failed")), *RUN[1:]], "max", Wish(trial=0), Budget())
+
+
+@pytest.mark.parametrize(
+    ("others", "fix"),
+    [
+        ([Trial(3, evaluation(0.89, 700))], "--trial 3"),
+        ([Trial(3, evaluation(0.8, 600, bits=4)), Trial(5, evaluation(0.7, 500, bits=3))], "3, 5"),
+        ([], "--resume"),
+    ],
+)
+def test_screened_trial_cannot_be_picked_and_the_error_says_which_can(others: list[Trial], fix: str) -> None:
+    screened = Trial(0, replace(evaluation(0.9, 700), screened=True))
+    with pytest.raises(AutocompressError, match=f"trial 0 was scored on a part.*{fix}"):
+        pick([screened, *others], "max", Wish(trial=0), Budget())
 
 
 def test_a_front_that_bends_the_other_way_has_its_knee_at_the_best_quality() -> None:

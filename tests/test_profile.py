@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from fakes import GRAPH, FakeEvaluator, make_graph, make_profile, make_space
 
-from autocompress.errors import RunError
+from autocompress.errors import RunError, TaskError
+from autocompress.graph import Layer
 from autocompress.policy import LayerChoice, Policy
-from autocompress.profile import BROKEN_LOSS, Profile, levels_of, measure, profile_key, with_groups
+from autocompress.profile import BROKEN_LOSS, Level, Profile, levels_of, measure, profile_key, with_groups
 
 TEXT = "[layers]\nbits = [2, 4, 8]\nsparsity = [0.0, 0.5]\n"
 
@@ -174,3 +176,74 @@ def test_layer_that_no_level_harms_is_not_evaluated() -> None:
     (first, *_) = made(counting, "[layers]\nbits = [32]\n").layers
     assert first.sensitivity == 0.0
     assert not hasattr(counting, "asked")
+
+
+# --- what fails ---
+
+
+class Failing(FakeEvaluator):
+    """`solve` and `evaluate` say which (layer, bits) cannot be solved, or evaluated alone."""
+
+    def __init__(self, solve: Any = (), evaluate: Any = ()) -> None:
+        super().__init__()
+        self.unsolvable, self.unusable = set(solve), set(evaluate)
+
+    def level(self, layer: Layer, choice: LayerChoice, solver: str) -> Level:
+        if (layer.name, choice.bits) in self.unsolvable:
+            raise RuntimeError("no factor\nof H")
+        return super().level(layer, choice, solver)
+
+    def loss(self, policy: Policy) -> float:
+        if any((name, choice.bits) in self.unusable for name, choice in policy.layers.items()):
+            raise ValueError("wrong shape")
+        return super().loss(policy)
+
+
+def test_level_that_cannot_be_solved_is_left_out_with_a_warning_that_names_layer_and_error() -> None:
+    with pytest.warns(UserWarning, match="layer conv2 is not used at 2 bits.*RuntimeError: no factor of H"):
+        profile = made(Failing(solve=[("conv2", 2)]))
+    bits = {layer.name: {level.choice.bits for level in layer.levels} for layer in profile.layers}
+    assert 2 not in bits["conv2"]
+    assert 2 in bits["conv1"]
+
+
+def test_level_that_cannot_be_evaluated_is_left_out_and_the_next_nearest_is_probed() -> None:
+    whole = made(FakeEvaluator())
+    with pytest.warns(UserWarning, match="layer conv2 is not used at 8 bits with 50% zeros: ValueError"):
+        profile = made(Failing(evaluate=[("conv2", 8)]))
+    gone = LayerChoice(8, 0.5)  # the nearest
+    assert list(profile.layers[1].levels) == [level for level in whole.layers[1].levels if level.choice != gone]
+    assert profile.layers[1].sensitivity > 0
+    assert (profile.layers[0], profile.layers[2]) == (whole.layers[0], whole.layers[2])
+
+
+def test_level_whose_error_is_not_a_number_is_left_out() -> None:
+    class Odd(FakeEvaluator):
+        def level(self, layer: Layer, choice: LayerChoice, solver: str) -> Level:
+            known = super().level(layer, choice, solver)
+            return replace(known, error=math.nan) if choice.bits == 2 else known
+
+    with pytest.warns(UserWarning, match="its error is nan"):
+        profile = made(Odd())
+    assert all(level.choice.bits != 2 for layer in profile.layers for level in layer.levels)
+
+
+@pytest.mark.filterwarnings("ignore:layer conv2")
+@pytest.mark.parametrize("stage", ["solve", "evaluate"])
+def test_layer_whose_levels_all_fail_is_named_with_what_to_do(stage: str) -> None:
+    every = [("conv2", bits) for bits in (2, 4, 8)]
+    with pytest.raises(TaskError, match=r"every level of layer conv2 failed.*override"):
+        made(Failing(**{stage: every}))
+
+
+@pytest.mark.filterwarnings("ignore:channels of conv2")
+def test_group_that_cannot_be_evaluated_seems_indispensable() -> None:
+    class Narrow(FakeEvaluator):
+        def loss(self, policy: Policy) -> float:
+            if policy.keep:
+                raise RuntimeError("size mismatch")
+            return super().loss(policy)
+
+    with pytest.warns(UserWarning, match="channels of conv1.*size mismatch"):
+        profile = with_groups(made(FakeEvaluator()), Narrow(), make_space(), lambda *_: None, lambda: 0.0)
+    assert {group.loss for group in profile.groups} == {BROKEN_LOSS}

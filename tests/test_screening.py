@@ -13,6 +13,7 @@ from torch import nn
 
 from autocompress import ClassificationTask, RegressionTask, study
 from autocompress.controllers.registry import CONTROLLERS
+from autocompress.errors import RunError
 from autocompress.front import Trial, feasible, front_of, nearest, scored
 from autocompress.journal import Journal
 from autocompress.measure.quality import QualityMeter, screening
@@ -332,6 +333,96 @@ def test_stopped_search_promotes_what_it_has(large: World) -> None:
     assert {rung for _, rung, _ in large.calls} == {0}
     assert found.front
     assert not any(t.evaluation.screened for t in found.front)
+
+
+def test_search_stopped_among_promotions_ends_after_the_one_in_flight(large: World) -> None:
+    running: list[Study] = []
+
+    def stop(policy: Policy, rung: int) -> None:
+        del policy, rung
+        if large.evaluators[0].screened.count(False) == 3:
+            running[0].stop()
+
+    large.fault = stop
+    found = large.search(controller="solver", started=running.append)
+    assert large.evaluators[0].screened.count(False) == 3
+    assert len([t for t in found.trials if t.evaluation.status == "ok" and not t.evaluation.screened]) == 3
+    assert found.picked is not None
+
+
+def test_search_stopped_while_screening_promotes_the_best_alone(large: World) -> None:
+    running: list[Study] = []
+
+    def stop(policy: Policy, rung: int) -> None:
+        del policy, rung
+        if len(large.calls) == 5:
+            running[0].stop()
+
+    large.fault = stop
+    found = large.search(controller="solver", started=running.append)
+    (whole,) = [t for t in found.trials if t.evaluation.status == "ok" and not t.evaluation.screened]
+    fits = [t for t in found.trials if t.evaluation.screened and found.budget.excess(t.measured) <= 0]
+    best = min(fits, key=lambda t: t.measured.loss)
+    assert whole.evaluation.policy.key() == best.evaluation.policy.key()
+
+
+def test_stopped_promotions_are_made_up_for_on_resume(large: World, tmp_path: Path) -> None:
+    settings = {"controller": "solver", "trials": 12, "epochs": 0}
+    large.search(folder=tmp_path / "whole", **settings)
+    running: list[Study] = []
+
+    def stop(policy: Policy, rung: int) -> None:
+        del policy, rung
+        if large.evaluators[-1].screened.count(False) == 2:
+            running[0].stop()
+
+    large.fault = stop
+    large.search(started=running.append, **settings)
+    large.fault = None
+    large.search(resume=True, **settings)
+    plain = [[{**row, "artifact": "", "test": ""} for row in large.rows(f)] for f in (large.run, tmp_path / "whole")]
+    assert plain[0] == plain[1]
+
+
+def test_timeout_is_honoured_among_promotions(large: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: clock[0])
+
+    def slow(policy: Policy, rung: int) -> None:
+        del policy, rung
+        clock[0] += 1.0 if large.evaluators[0].screened[-1] else 3.0
+
+    large.fault = slow
+    found = large.search(controller="solver", trials=1000, epochs=0, timeout=20)
+    assert large.evaluators[0].screened.count(True) == 16
+    assert large.evaluators[0].screened.count(False) == 2
+    assert found.picked is not None
+
+
+def test_profiling_counts_as_time_and_ends_with_what_to_do(watched: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: clock[0])
+    plain = Watched.loss
+
+    def slow(evaluator: Watched, policy: Policy) -> float:
+        clock[0] += 4.0
+        return plain(evaluator, policy)
+
+    monkeypatch.setattr(Watched, "loss", slow)
+    with pytest.raises(RunError, match=r"--timeout ran out while profiling.*--resume"):
+        watched.search(controller="solver", epochs=0, timeout=7)
+    assert Watched.asked == 2
+    watched.fault = lambda *_: clock.__setitem__(0, clock[0] + 1.0)
+    found = watched.search(controller="solver", epochs=0, timeout=17, resume=True)
+    assert found.evaluations == 5  # of 17 seconds the profile of three layers took 12
+    assert found.picked is not None
+
+
+def test_time_that_ends_before_the_first_evaluation_is_said(world: World) -> None:
+    found = world.search(timeout=1e-9, epochs=0)
+    assert found.evaluations == 0
+    assert any("--timeout" in text for text in found.warnings)
+    assert not any("--timeout" in text for text in world.search(resume=True, epochs=0).warnings)
 
 
 def test_screening_leaves_time_to_promote(large: World, monkeypatch: pytest.MonkeyPatch) -> None:

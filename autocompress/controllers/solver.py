@@ -32,8 +32,6 @@ TRIES = 12
 """Proposals that are drawn before one that was evaluated already is returned."""
 AT_BUDGET = 0.4
 """Share of the proposals aimed at the budget itself: that is what the user asked for."""
-LEAST_SHARE = 1.15
-"""The smallest target, as a multiple of what the smallest policy needs: below it the front is a cliff."""
 MARGIN = 0.97
 """Share of a latency budget that the predicted latency may take."""
 
@@ -63,6 +61,7 @@ class SolverController(OptunaController):
         self._rest = {p.name: p.values for p in space.policy_parameters if isinstance(p, Categorical)}
         self._usual = tuple((name, space.preferred(name)) for name in self._rest)
         self._whole = tuple(len(space.keep[name]) - 1 for name in self._groups)
+        self._menus_at = lru_cache(maxsize=64)(self._make_menus)
         self._instance = lru_cache(maxsize=64)(self._make_instance)
         self._surrogate = Surrogate(self._instance(self._whole)[0].losses)
         self._seen: set[str] = set()
@@ -72,18 +71,21 @@ class SolverController(OptunaController):
 
     # --- the problem ---
 
-    def _make_instance(self, keep: tuple[int, ...]) -> tuple[Instance, int]:
-        """The knapsack when groups have the ratios `keep`, and the bytes of everything that is in no menu."""
+    def _make_menus(self, keep: tuple[int, ...]) -> list[Menu]:
+        """What each layer's levels cost and lose when groups have the ratios `keep`."""
         point = {f"keep/{name}": index for name, index in zip(self._groups, keep, strict=True)}
-        cheapest = Choice(tuple(0 for _ in self._menus), keep, self._usual)
         shapes = None if keep == self._whole else self._space.graph.shapes(self._space.decode(point))
-        menus = [
+        return [
             Menu(
                 np.array(levels.costs if shapes is None else self._shaped(name, levels, shapes), dtype=np.int64),
                 np.array(levels.losses),
             )
             for name, levels in zip(self._names, self._menus, strict=True)
         ]
+
+    def _make_instance(self, keep: tuple[int, ...]) -> tuple[Instance, int]:
+        """The knapsack of these menus, and the bytes of everything that is in no menu."""
+        menus, cheapest = self._menus_at(keep), Choice(tuple(0 for _ in self._menus), keep, self._usual)
         file = self._predict(self._policy(cheapest)).bytes
         return prepare(menus), file - sum(int(menu.costs[0]) for menu in menus)
 
@@ -96,10 +98,10 @@ class SolverController(OptunaController):
         return [section_bytes(layer, shape, choice) for choice in levels.choices]
 
     def _targets(self) -> tuple[int, int]:
-        """Least and largest number of bytes that proposals aim at."""
+        """Least and largest number of bytes that proposals aim at: the smallest file, and the budget."""
         instance, fixed = self._instance(self._whole)
         costs = np.where(np.isinf(instance.losses), np.nan, instance.costs[0])
-        low = math.ceil(LEAST_SHARE * (fixed + np.nanmin(costs, axis=1).sum()))
+        low = int(fixed + np.nanmin(costs, axis=1).sum())
         high = int(fixed + np.nanmax(costs, axis=1).sum())
         limit = self._budget.bytes if self._budget.bytes is not None else high
         return min(low, limit), min(high, limit)
@@ -164,8 +166,8 @@ class SolverController(OptunaController):
         target, keep = self._seed_target(number), self._keep(None)
         if keep is None:
             return None
-        instance, fixed = self._instance(keep)
-        table = solve(self._menus_of(instance), max(0, target - fixed) + HEADER_SLACK)
+        _, fixed = self._instance(keep)
+        table = solve(self._menus_at(keep), max(0, target - fixed) + HEADER_SLACK)
         capacity, best = target - fixed, None
         for _ in range(SEED_ROUNDS):
             found = table.choose(min(capacity, target - fixed + HEADER_SLACK)) if capacity >= 0 else None
@@ -189,12 +191,6 @@ class SolverController(OptunaController):
             instance = instance.with_losses(losses)
         found = greedy(instance, target - fixed) if target >= fixed else None
         return None if found is None else Choice(found.levels, keep, self._usual)
-
-    def _menus_of(self, instance: Instance) -> list[Menu]:
-        return [
-            Menu(instance.costs[0, i, : len(m.costs)].astype(np.int64), instance.losses[i, : len(m.costs)].copy())
-            for i, m in enumerate(self._menus)
-        ]
 
     def _mutated(self, draw: np.random.Generator) -> Choice | None:
         """A front member with one or two layers (or, rarely, a group or a categorical) changed, and room made for it.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autocompress.channels_last import bears_channels_last, channels_last
 from autocompress.engine.cache import Cache
 from autocompress.engine.database import LayerDatabase, remembered_moments
 from autocompress.engine.finetune import Constraint, Hints, train
@@ -117,7 +118,8 @@ class Workbench:
     def statistics(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Batch-norm statistics over the re-estimation batches of the model with these tensors."""
         student = self.student(state)
-        reestimate(student, self.calibration[: self._reestimation])
+        with channels_last(student, wanted=self._channels_last):
+            reestimate(student, self.calibration[: self._reestimation])
         found = student.state_dict()
         return {name: found[name].detach().cpu().clone() for name in statistics(student)}
 
@@ -125,6 +127,10 @@ class Workbench:
     def dense_statistics(self) -> dict[str, Tensor]:
         """The same of the dense model."""
         return self.statistics(self.state)
+
+    @cached_property
+    def _channels_last(self) -> bool:
+        return bears_channels_last(self.teacher, self.example.inputs)
 
     @property
     def _reestimation(self) -> int:

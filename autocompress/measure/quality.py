@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autocompress.channels_last import bears_channels_last, channels_last
 from autocompress.task import Batch, Split, Task, divergence, length, tensors
 
 MEMORY = 512 * 2**20
@@ -53,10 +54,14 @@ class QualityMeter:
     """Scores candidates on one split, or a part of it. The dense model's outputs are recorded at construction."""
 
     def __init__(self, task: Task, dense: nn.Module, split: Split = "val", part: Sequence[Batch] | None = None) -> None:
-        """`part` holds the batches to score on instead of all of `split`; the task must have `score_batches`."""
+        """`part` holds the batches to score on instead of all of `split`; the task must have `score_batches`.
+
+        A part is scored channels last where the dense model bears it, all of a split as the model is.
+        """
         self._task, self._split, self.part = task, split, part
         self._reference: list[Any] = []
         self._bytes, self._full = 0, False
+        self.channels_last = part is not None and bears_channels_last(dense, part[0].inputs)
         handle = dense.register_forward_hook(self._record)
         try:
             self.dense = self._score(dense)
@@ -66,7 +71,8 @@ class QualityMeter:
     def _score(self, model: nn.Module) -> float:
         if self.part is None:
             return float(self._task.score(model, self._split))
-        return float(self._task.score_batches(model, self.part))  # type: ignore[attr-defined]  # optional member
+        with channels_last(model, wanted=self.channels_last):
+            return float(self._task.score_batches(model, self.part))  # type: ignore[attr-defined]  # optional member
 
     def _record(self, module: nn.Module, given: Any, outputs: Any) -> None:  # noqa: ARG002
         size = sum(t.numel() * t.element_size() for t in tensors(outputs))

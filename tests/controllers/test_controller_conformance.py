@@ -391,13 +391,19 @@ def test_solver_fits_the_tightest_budgets_of_unusual_spaces(name: str, change: s
         assert all(space.decode(space.encode(e.policy)) == e.policy for e in history)
 
 
-def test_solver_reaches_a_budget_that_is_below_its_usual_targets() -> None:
-    """Targets stay 15% above the smallest policy, but a budget in between is met all the same."""
+def test_solver_makes_use_of_a_budget_just_above_the_smallest_policy() -> None:
     space, predict = make_space(EDGES["asymmetric"]), FakeEvaluator().predict
     limit = int(1.03 * predict(space.smallest()).bytes)
     sizes = [predict(e.policy).bytes for e in edge_run(EDGES["asymmetric"], Budget(bytes=limit))]
     assert max(sizes) <= limit
     assert max(sizes) > predict(space.smallest()).bytes
+
+
+def test_solver_explores_down_to_the_smallest_files_under_a_wide_budget() -> None:
+    space, predict = make_space(EDGES["asymmetric"]), FakeEvaluator().predict
+    least, budget = predict(space.smallest()).bytes, Budget(bytes=2 * predict(space.smallest()).bytes)
+    sizes = [predict(e.policy).bytes for e in edge_run(EDGES["asymmetric"], budget, count=40)]
+    assert min(sizes) <= 1.02 * least
 
 
 @pytest.mark.parametrize("budget", [Budget(bytes=1), Budget(macs=1)])
