@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from importlib import resources
@@ -27,8 +27,11 @@ from autocompress.errors import AutocompressError, BudgetError, RunError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from autocompress.front import Trial
+    from autocompress.measure.latency import Latency
     from autocompress.report.tables import Run
     from autocompress.study import Progress, Settings, Study
+    from autocompress.task import Task
+    from autocompress.trial import Measurement
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,6 +49,8 @@ TaskSpec = Annotated[
     str, typer.Argument(help="digits, cifar10, my_task.py:NAME or package.module:NAME.", metavar="TASK")
 ]
 DataDir = Annotated[Path | None, typer.Option("--data", help="cifar10 only: folder with cifar-10-batches-py/.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime when it is timed.  [default: 1]")]
+BatchSize = Annotated[int | None, typer.Option("--batch", help="Inputs at once when it is timed.  [default: 1]")]
 Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", help="cifar10 only: state dict of a CIFAR ResNet.")]
 Budgets = Annotated[
     list[str] | None,
@@ -53,6 +58,13 @@ Budgets = Annotated[
         "--budget", help="Hard limit: 4MB, 900KiB, 5ms, 800us, size=25%, latency=40%. May be given more than once."
     ),
 ]
+
+
+class Format(StrEnum):
+    """Artifact formats."""
+
+    packed = "packed"
+    onnx = "onnx"
 
 
 def _examples(*lines: str) -> str:
@@ -70,6 +82,7 @@ def _print_json(data: dict[str, Any]) -> None:
 @app.command(
     epilog=_examples(
         "autocompress search --budget 4MB",
+        "autocompress search my_task.py:task --budget 2ms --threads 1",
         "autocompress search my_task.py:task --budget size=10% --space tiny --epochs 3",
         "autocompress search cifar10 --data DIR --checkpoint resnet20.pt --budget size=8% --trials 40",
         "autocompress search --resume runs/digits-20260101-120000 --trials 200",
@@ -96,6 +109,22 @@ def search(
     controller: Annotated[
         str | None, typer.Option(help="Who proposes: solver, tpe, nsga2, gp or random.  [default: solver]")
     ] = None,
+    format_: Annotated[
+        Format | None,
+        typer.Option(
+            "--format", help="What ships: packed (PyTorch) or onnx.  [default: onnx with a latency budget, else packed]"
+        ),
+    ] = None,
+    threads: Threads = None,
+    batch: BatchSize = None,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(
+            "--latency-table",
+            help="Latencies of another machine, from `autocompress profile --latency-table` there.",
+            metavar="FILE",
+        ),
+    ] = None,
     data: DataDir = None,
     checkpoint: Checkpoint = None,
     as_json: Json = False,
@@ -118,6 +147,10 @@ def search(
         "trials": trials,
         "epochs": epochs,
         "seed": seed,
+        "format": format_.value if format_ else None,
+        "threads": threads,
+        "batch": batch,
+        "latency_table": str(latency_table.resolve()) if latency_table else None,
         "data": str(data.resolve()) if data else None,
         "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
     }
@@ -380,12 +413,6 @@ def _neighbours(run: Run, chosen: Trial) -> str:
     return ("; ".join(said) or "it is the only member of the front").capitalize() + "."
 
 
-class Format(StrEnum):
-    """Artifact formats of this version."""
-
-    packed = "packed"
-
-
 @app.command(
     epilog=_examples(
         "autocompress export runs/NAME --trial 12 --format packed --output model.acz",
@@ -400,44 +427,70 @@ def export(
     knee: Knee = False,
     best: Best = False,
     trial: TrialNumber = None,
-    format_: Annotated[Format, typer.Option("--format", help="packed: the .acz file.")] = Format.packed,
-    output: Annotated[Path | None, typer.Option(help="Where to write.  [default: RUN-trial-N.acz here]")] = None,
+    format_: Annotated[
+        Format | None,
+        typer.Option("--format", help="packed: the .acz file; onnx: the .onnx file.  [default: what the run measured]"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write.  [default: RUN-trial-N here]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write the artifact of one trial; without a choice, of the run's pick."""
-    from autocompress.artifact.packed import read
     from autocompress.files import write
     from autocompress.report.tables import Run
 
     run = Run.read(run_folder)
     chosen = _choose(run, max_size, max_latency, min_quality, knee, best, trial)
-    target = output or Path(f"{run_folder.resolve().name}-trial-{chosen.number}.acz")
+    form = format_.value if format_ else run.settings.format
+    suffix = {"packed": ".acz", "onnx": ".onnx"}[form]
+    target = output or Path(f"{run_folder.resolve().name}-trial-{chosen.number}{suffix}")
     if target.is_dir():
         raise RunError(f"{target} is a folder: give a file name with --output")
     if target.exists() and not force:
         raise RunError(f"{target} already exists: use --force to overwrite it, or --output")
     kept = run_folder / "artifacts" / Path(chosen.artifact).name
-    if chosen.artifact and kept.is_file():
-        read(kept)  # raises if it was damaged since it was written
+    if form == run.settings.format and chosen.artifact and kept.is_file():
+        _check_artifact(kept)
         size = write(target, kept.read_bytes())
     else:
-        size = write(target, _rebuild(run, chosen))
-    out.print(f"{target}: {size:,} bytes ({format_.value})", soft_wrap=True)
+        size = write(target, _rebuild(run, chosen, form))
+    out.print(f"{target}: {size:,} bytes ({form})", soft_wrap=True)
     if as_json:
-        _print_json({"file": str(target), "bytes": size, "trial": chosen.number, "format": format_.value})
+        _print_json({"file": str(target), "bytes": size, "trial": chosen.number, "format": form})
 
 
-def _rebuild(run: Run, trial: Trial) -> bytes:
-    """The artifact of a trial whose file was not kept: the same policy and seed give the same file."""
-    from autocompress.evaluate import Evaluator
+def _check_artifact(kept: Path) -> None:
+    """Raise `ArtifactError` if the file was damaged since it was written."""
+    from autocompress.artifact import onnx, packed
 
+    if kept.suffix == ".onnx":
+        onnx.About.read(kept)
+    else:
+        packed.read(kept)
+
+
+def _rebuild(run: Run, trial: Trial, form: str) -> bytes:
+    """The artifact of a trial whose file was not kept, or is of the other format.
+
+    The same policy and seed give the same file. What another format computes is scored, and said if it differs.
+    """
     policy = trial.evaluation.policy
     if policy.recovery.epochs:
-        err.print(f"trial {trial.number} left the front and its file was not kept: training it again")
-    evaluator = Evaluator(run.settings.load_task(), seed=run.settings.seed, dense_ms=run.dense.latency_ms)
-    compressed, _ = evaluator.build(policy)
-    return evaluator.pack(compressed, trial.measured.quality)
+        err.print(f"trial {trial.number} has recovery training, and its file is not here: training it again")
+    other = form != run.settings.format
+    settings = replace(run.settings, format=form, latency_table=None)
+    if form == "packed":
+        policy = replace(policy, activations=32)
+    evaluator = settings.evaluator(None if other else run.dense.latency_ms)
+    compressed, model = evaluator.build(policy)
+    quality = trial.measured.quality
+    if other:
+        quality = evaluator.quality(evaluator.target.ship(compressed, model).model).score
+        out.print(
+            f"{run.metric} {quality:.4f} on val as {form} ({trial.measured.quality:.4f} as {run.settings.format})",
+            markup=False,
+        )
+    return evaluator.pack(compressed, quality)
 
 
 # --- verify, profile, init ------------------------------------------------------------------------------
@@ -453,65 +506,126 @@ def verify(
     task: Annotated[str | None, typer.Option(help="Task to score on.  [default: the built-in one it names]")] = None,
     budget: Budgets = None,
     tolerance: Annotated[float, typer.Option(help="Relative difference in quality that still counts as equal.")] = 1e-3,
+    threads: Threads = None,
+    batch: BatchSize = None,
     data: DataDir = None,
     checkpoint: Checkpoint = None,
     as_json: Json = False,
 ) -> None:
     """Reload an artifact in this fresh process; weigh, score and time it again. Exit code 1 if it does not hold."""
-    from autocompress.artifact.packed import build, read
-    from autocompress.measure.latency import LatencyMeter
-    from autocompress.measure.quality import QualityMeter
     from autocompress.report.tables import plain
-    from autocompress.task import call, load_task, probe
-    from autocompress.trial import Budget, Limit, Measurement
+    from autocompress.trial import Budget, Limit
 
-    artifact = read(file)
-    known = artifact.header.task
-    if task is None and known != "digits" and not known.startswith("cifar10-"):
-        raise AutocompressError(f"{file} was made for task {known!r}: name it with --task my_task.py:NAME")
-    spec = task or ("cifar10" if known.startswith("cifar10-") else known)
-    loaded = load_task(spec, data=data, checkpoint=checkpoint)
-    dense, batch = probe(loaded)
-    model = build(artifact, loaded.model())
-    call(model, batch.inputs)
-    quality, latency = QualityMeter(loaded, dense), LatencyMeter(dense, batch.inputs)
-    found, timed = quality(model), latency(model)
-    from autocompress.trace import trace
-
-    graph = trace(dense, batch.inputs)
-    limits = Budget.resolve(
-        [Limit.parse(text) for text in budget or []],
-        Measurement(graph.dense_bytes, graph.dense_macs, latency_ms=latency.dense),
-    )
-    measured = Measurement(artifact.bytes, graph.macs(artifact.header.policy), found.score, found.loss, timed.ms)
-    same = math.isclose(found.score, artifact.quality, rel_tol=tolerance, abs_tol=1e-9)
+    inspect = _inspect_onnx if file.suffix == ".onnx" else _inspect_packed
+    found = inspect(file, task, data, checkpoint, threads or 1, batch or 1)
+    dense, measured, timed = found.dense, found.measured, found.timed
+    limits = Budget.resolve([Limit.parse(text) for text in budget or []], dense)
+    same = math.isclose(measured.quality, found.recorded, rel_tol=tolerance, abs_tol=1e-9)
     fits = limits.excess(measured) <= 0
     out.print(
-        f"{file}: {artifact.bytes:,} bytes, {escape(loaded.metric)} {found.score:.4f} on val "
-        f"({'as' if same else 'NOT as'} recorded, {artifact.quality:.4f}), {timed.ms:.3g} ms "
-        f"[{timed.low:.3g}, {timed.high:.3g}] (original {latency.dense:.3g} ms)",
+        f"{file}: {measured.bytes:,} bytes, {escape(found.metric)} {measured.quality:.4f} on val "
+        f"({'as' if same else 'NOT as'} recorded, {found.recorded:.4f}), {timed.ms:.3g} ms "
+        f"[{timed.low:.3g}, {timed.high:.3g}] in {found.runtime} (original {dense.latency_ms:.3g} ms)",
         soft_wrap=True,
         markup=False,
     )
     if budget:
         out.print(f"{'within' if fits else 'NOT within'} {limits}")
+    if limits.ms is not None and timed.low < limits.ms < timed.high:
+        err.print(
+            f"this machine is too noisy to be sure: {limits.ms:.4g} ms lies between the quartiles of {timed.samples} "
+            "runs; repeat it when nothing else runs",
+            soft_wrap=True,
+        )
     if as_json:
         _print_json(
             plain(
                 {
                     "ok": same and fits,
-                    "bytes": artifact.bytes,
-                    "quality": found.score,
+                    "bytes": measured.bytes,
+                    "quality": measured.quality,
                     "latency_ms": timed.ms,
-                    "recorded_quality": artifact.quality,
-                    "dense_quality": quality.dense,
-                    "dense_latency_ms": latency.dense,
+                    "latency_quartiles_ms": [timed.low, timed.high],
+                    "latency_runtime": found.runtime,
+                    "recorded_quality": found.recorded,
+                    "dense_quality": dense.quality,
+                    "dense_latency_ms": dense.latency_ms,
                     "within_budget": fits,
                 }
             )
         )
     if not (same and fits):
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _Inspected:
+    """What `verify` finds in a file, and of the dense model beside it."""
+
+    metric: str
+    runtime: str
+    recorded: float
+    measured: Measurement
+    timed: Latency
+    dense: Measurement
+
+
+def _task_of(file: Path, known: str, task: str | None, data: Path | None, checkpoint: Path | None) -> Task:
+    """The task to score a file on: the one that is named, or the built-in one that it was made for."""
+    from autocompress.task import load_task
+
+    if task is None and known != "digits" and not known.startswith("cifar10-"):
+        raise AutocompressError(f"{file} was made for task {known!r}: name it with --task my_task.py:NAME")
+    spec = task or ("cifar10" if known.startswith("cifar10-") else known)
+    return load_task(spec, data=data, checkpoint=checkpoint)
+
+
+def _inspect_packed(
+    file: Path, task: str | None, data: Path | None, checkpoint: Path | None, threads: int, batch: int
+) -> _Inspected:
+    from autocompress.artifact.packed import build, read
+    from autocompress.measure.latency import RUNTIME, LatencyMeter
+    from autocompress.measure.quality import QualityMeter
+    from autocompress.task import call, probe
+    from autocompress.trace import trace
+    from autocompress.trial import Measurement
+
+    if (threads, batch) != (1, 1):
+        raise AutocompressError("--threads and --batch are about .onnx files; a packed one is timed with one of each")
+    artifact = read(file)
+    loaded = _task_of(file, artifact.header.task, task, data, checkpoint)
+    dense, example = probe(loaded)
+    model = build(artifact, loaded.model())
+    call(model, example.inputs)
+    quality, latency = QualityMeter(loaded, dense), LatencyMeter(dense, example.inputs)
+    found, timed = quality(model), latency(model)
+    graph = trace(dense, example.inputs)
+    macs = graph.macs(artifact.header.policy)
+    return _Inspected(
+        loaded.metric,
+        RUNTIME,
+        artifact.quality,
+        Measurement(artifact.bytes, macs, found.score, found.loss, timed.ms),
+        timed,
+        Measurement(graph.dense_bytes, graph.dense_macs, quality.dense, 0.0, latency.dense),
+    )
+
+
+def _inspect_onnx(
+    file: Path, task: str | None, data: Path | None, checkpoint: Path | None, threads: int, batch: int
+) -> _Inspected:
+    from autocompress.artifact.onnx import About
+    from autocompress.evaluate import Evaluator
+    from autocompress.target import Place
+    from autocompress.trial import Measurement
+
+    notes, _ = About.read(file)
+    loaded = _task_of(file, notes.task, task, data, checkpoint)
+    evaluator = Evaluator(loaded, format="onnx", place=Place(threads, batch))
+    artifact = evaluator.reload(file)
+    found, timed = evaluator.quality(artifact.model), evaluator.target.retime(file)
+    measured = Measurement(artifact.bytes, evaluator.graph.dense_macs, found.score, found.loss, timed.ms)
+    return _Inspected(loaded.metric, evaluator.target.runtime, artifact.quality, measured, timed, evaluator.dense)
 
 
 @app.command(epilog=_examples("autocompress profile my_task.py:task", "autocompress profile digits --bits 2"))

@@ -17,7 +17,7 @@ from autocompress.graph import Layer
 from autocompress.measure.quality import QualityMeter, screening
 from autocompress.policy import LayerChoice, Policy, Solver
 from autocompress.profile import Level
-from autocompress.target import FormatName, OnnxTarget, PackedTarget, Place, Reloaded, Target
+from autocompress.target import OnnxTarget, PackedTarget, Place, Reloaded, Target
 from autocompress.task import Task
 from autocompress.trial import Evaluation, Measurement
 
@@ -43,7 +43,7 @@ class Evaluator:
         task: Task,
         *,
         seed: int = 0,
-        format: FormatName = "packed",
+        format: str = "packed",
         place: Place | None = None,
         dense_ms: float | None = None,
     ) -> None:

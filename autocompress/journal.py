@@ -177,5 +177,9 @@ def _trial(number: int, policy: str, evaluation: str, *final: Any) -> Trial:
     quality_test, artifact, final_ms = final
     nan = math.nan
     return Trial(
-        number, known, nan if quality_test is None else quality_test, artifact or "", nan if final_ms is None else final_ms
+        number,
+        known,
+        nan if quality_test is None else quality_test,
+        artifact or "",
+        nan if final_ms is None else final_ms,
     )

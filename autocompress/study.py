@@ -31,11 +31,12 @@ from autocompress.evaluate import Evaluator, Job
 from autocompress.files import cache_folder, write
 from autocompress.front import Trial, Wish, feasible, front_of, non_dominated, pick
 from autocompress.journal import FILE, Journal
-from autocompress.measure.latency import RUNTIME
+from autocompress.measure.latency_table import read_table
 from autocompress.policy import Policy
 from autocompress.profile import Profile, measure, profile_key, with_groups
 from autocompress.runners.local import LocalRunner, Runner
 from autocompress.space import Space, SpaceFile, load_space
+from autocompress.target import FORMATS, Place
 from autocompress.task import Task, load_task
 from autocompress.trial import Budget, Evaluation, Limit, Measurement
 
@@ -49,14 +50,18 @@ PROMOTED_BEST = 6
 TRAINING_ROOM = 0.01
 """Share of a byte budget that recovery training's parents leave free, where the front has such members."""
 NO_TIME = "the time ran out before the first evaluation: continue with --resume and a longer --timeout"
-_OURS = re.compile(r"trial-\d+\.(acz|json)|\.trial-\d+\.(acz|json)\..*")
+_OURS = re.compile(r"trial-\d+\.(acz|onnx|json)|\.trial-\d+\.(acz|onnx|json)\..*")
 """Files of a run folder that may be removed: finished ones, and temporary ones of `files.write`."""
 _PACKAGES = ("autocompress", "torch", "torch-pruning", "optuna", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All that determines a run, besides the task's code and data."""
+    """All that determines a run, besides the task's code and data.
+
+    `format` is what ships: with a latency budget `onnx`, else `packed`, unless it is given. ONNX files are timed with
+    `threads` threads on `batch` inputs, or looked up in the `latency_table` of another machine.
+    """
 
     task: str
     budgets: tuple[str, ...] = ()
@@ -67,14 +72,24 @@ class Settings:
     seed: int = 0
     data: str | None = None
     checkpoint: str | None = None
+    format: str = ""
+    threads: int = 1
+    batch: int = 1
+    latency_table: str | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("trials", 1), ("epochs", 0), ("seed", 0)):
+        if self.format not in ("", *FORMATS):
+            raise AutocompressError(f"--format is {self.format!r}; it must be one of {', '.join(FORMATS)}")
+        for name, low in (("trials", 1), ("epochs", 0), ("seed", 0), ("threads", 1), ("batch", 1)):
             value = getattr(self, name)
             if not low <= value < 2**31:
                 raise AutocompressError(f"--{name} is {value}; it must be {low} or more, and below 2^31")
-        for text in self.budgets:
-            Limit.parse(text)
+        limits = [Limit.parse(text) for text in self.budgets]
+        if not self.format:  # a latency that counts is that of a runtime which people deploy
+            timed = any(limit.quantity == "ms" for limit in limits)
+            object.__setattr__(self, "format", "onnx" if timed else "packed")
+        if self.latency_table is not None and self.format != "onnx":
+            raise AutocompressError("--latency-table is about .onnx files: give a latency budget, or --format onnx")
         where, colon, name = self.task.rpartition(":")
         if where.endswith(".py"):  # so that a run can be continued from any folder
             object.__setattr__(self, "task", f"{Path(where).resolve()}{colon}{name}")
@@ -86,6 +101,12 @@ class Settings:
             data=Path(self.data) if self.data else None,
             checkpoint=Path(self.checkpoint) if self.checkpoint else None,
         )
+
+    def evaluator(self, dense_ms: float | None = None) -> Evaluator:
+        """What measures this run's candidates; `dense_ms` is what an earlier part of it measured."""
+        table = None if self.latency_table is None else read_table(Path(self.latency_table))
+        place = Place(self.threads, self.batch, table)
+        return Evaluator(self.load_task(), seed=self.seed, format=self.format, place=place, dense_ms=dense_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +377,7 @@ class Study:
                 policy = self._controller.ask(parent, self.settings.epochs)
                 if self._needs_running(policy, 1):
                     self._recovering = (time.monotonic(), sum(map(self._was_promoted, parents)), total)
-                    yield Job(policy, 1, self.folder / artifact_name(len(self.trials)))
+                    yield Job(policy, 1, self.folder / self._artifact(len(self.trials)))
 
         if total > before:
             self._report("recovering", before, total, since, before)
@@ -382,13 +403,17 @@ class Study:
     # --- the end ---
 
     def finalise(self) -> Outcome:
-        """Write, reload and score every feasible front member; `test` is read once for each, here."""
-        since = time.monotonic()
-        members = self.front()
-        for done, trial in enumerate(members):
-            self._report("writing", done, len(members), since, 0)
-            if not trial.artifact or not (self.folder / trial.artifact).is_file():
+        """Write, reload, time and score every feasible front member; `test` is read once for each, here.
+
+        One that misses the latency budget now, alone on the machine, is no longer feasible, and others take its place.
+        """
+        since, done = time.monotonic(), 0
+        while waiting := [t for t in self.front() if not self._is_final(t)]:
+            for trial in waiting:
+                self._report("writing", done, done + len(waiting), since, 0)
                 self._finalise(trial)
+                done += 1
+        members = self.front()
         for trial in self.front():
             path = self.folder / "policies" / f"trial-{trial.number}.json"
             write(path, (json.dumps(trial.evaluation.policy.to_json(), indent=2) + "\n").encode())
@@ -406,15 +431,20 @@ class Study:
             tuple(self.warnings),
         )
 
+    def _is_final(self, trial: Trial) -> bool:
+        return bool(trial.artifact) and (self.folder / trial.artifact).is_file()
+
     def _finalise(self, trial: Trial) -> None:
-        name = artifact_name(trial.number)
+        name = self._artifact(trial.number)
         path = self.folder / name
         policy, expected = trial.evaluation.policy, trial.measured
         if not (policy.recovery.epochs and path.is_file()):
             compressed, _ = self.evaluator.build(policy)
             write(path, self.evaluator.pack(compressed, expected.quality))
-        artifact, model = self.evaluator.reload(path)
-        found = self.evaluator.quality(model).score
+        artifact = self.evaluator.reload(path)
+        if self.budget.ms is not None and not self._holds(trial, path):
+            return
+        found = self.evaluator.quality(artifact.model).score
         if artifact.bytes != expected.bytes or not math.isclose(found, expected.quality, rel_tol=1e-6, abs_tol=1e-9):
             self.warn(
                 f"trial {trial.number} measured {expected.bytes:,} bytes and quality {expected.quality:.6f}, but its "
@@ -422,22 +452,39 @@ class Study:
             )
         test = trial.quality_test
         if math.isnan(test):
-            test = float(self.evaluator.task.score(model, "test"))
-        self._journal.finalise(trial.number, test, name)
-        self.trials[trial.number] = replace(trial, quality_test=test, artifact=name)
+            test = float(self.evaluator.task.score(artifact.model, "test"))
+        self._finish(replace(self.trials[trial.number], quality_test=test, artifact=name))
+
+    def _holds(self, trial: Trial, path: Path) -> bool:
+        """Time the file again, alone; whether it is still within the latency budget."""
+        timed, limit = self.evaluator.target.retime(path), self.budget.ms
+        assert limit is not None
+        self._finish(replace(trial, final_ms=timed.ms))
+        if timed.low < limit < timed.high:
+            self.warn(
+                f"trial {trial.number} took {timed.ms:.4g} ms when it was timed alone, with quartiles {timed.low:.4g} and "
+                f"{timed.high:.4g}: this machine is too noisy to say for sure that it is within {limit:.4g} ms"
+            )
+        return timed.ms <= limit
+
+    def _finish(self, trial: Trial) -> None:
+        self._journal.finalise(trial.number, trial.quality_test, trial.artifact, trial.final_ms)
+        self.trials[trial.number] = trial
+
+    def _artifact(self, number: int) -> str:
+        return artifact_name(number, self.evaluator.target.suffix)
 
     def _remove_stale(self) -> None:
         """Files of trials that later ones dominate, and what a killed process left half written."""
         current = {trial.number for trial in self.front()}
-        keep = {Path(artifact_name(number)).name for number in current} | {f"trial-{n}.json" for n in current}
+        keep = {Path(self._artifact(number)).name for number in current} | {f"trial-{n}.json" for n in current}
         for folder in ("artifacts", "policies"):
             for path in (self.folder / folder).iterdir():
                 if _OURS.fullmatch(path.name) and path.name not in keep:
                     path.unlink()
         for trial in self.trials:
             if trial.artifact and trial.number not in current:
-                self._journal.finalise(trial.number, trial.quality_test, "")
-                self.trials[trial.number] = replace(trial, artifact="")
+                self._finish(replace(trial, artifact=""))
 
 
 def _measured(evaluation: Evaluation) -> bool:
@@ -452,9 +499,9 @@ def _spread(length: int, count: int) -> list[int]:
     return sorted({round(i * (length - 1) / (count - 1)) for i in range(count)})
 
 
-def artifact_name(number: int) -> str:
+def artifact_name(number: int, suffix: str = ".acz") -> str:
     """Where a trial's artifact lies in its run folder."""
-    return f"artifacts/trial-{number}.acz"
+    return f"artifacts/trial-{number}{suffix}"
 
 
 # --- runs -----------------------------------------------------------------------------------------------
@@ -486,8 +533,8 @@ def search(
         _check_free(folder)
         file = space if space is not None else load_space(settings.space)
     dense_ms = _dense_latency(folder) if resume else None
-    evaluator = Evaluator(settings.load_task(), seed=settings.seed, dense_ms=dense_ms)
-    choices = Space(file, evaluator.graph)
+    evaluator = settings.evaluator(dense_ms)
+    choices = Space(file, evaluator.graph, integers=settings.format == "onnx")
     budget = Budget.resolve([Limit.parse(text) for text in settings.budgets], evaluator.dense)
     with_profile = needs_profile(settings.controller)
     _refuse_unreachable(choices, evaluator, budget, settings)
@@ -496,7 +543,7 @@ def search(
         if not resume:
             _check_free(folder)  # another process may have been faster
         _describe(journal, folder, evaluator, budget)
-        _write_config(folder, settings, file, command, resume=resume)
+        _write_config(folder, settings, file, command, evaluator.target.about(), resume=resume)
         for name in ("artifacts", "policies"):
             (folder / name).mkdir(exist_ok=True)
         profile = (
@@ -588,7 +635,8 @@ def _until(deadline: float, watch: Watch | None) -> Watch:
 
 def _profile(evaluator: Evaluator, space: Space, budget: Budget, journal: Journal, watch: Watch) -> Profile:
     """The profile of this run, of an earlier search of the same model and levels, or a new one, kept for later ones."""
-    key = profile_key(space, {**_identity(evaluator), "seed": evaluator.seed})
+    ships = {} if evaluator.format == "packed" else {"format": evaluator.format}  # levels take other bytes there
+    key = profile_key(space, {**_identity(evaluator), "seed": evaluator.seed, **ships})
     cached = cache_folder() / "profiles" / f"{key}.json"
     own = journal.fact("profile")
     known = (None if own is None else Profile.from_json(own), _read_profile(cached))
@@ -662,12 +710,14 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     return content.hexdigest()[:16]
 
 
-def _write_config(folder: Path, settings: Settings, file: SpaceFile, command: str, *, resume: bool) -> None:
+def _write_config(
+    folder: Path, settings: Settings, file: SpaceFile, command: str, timed: dict[str, Any], *, resume: bool
+) -> None:
     """All that determines the run; a continued one keeps its command and may have new totals."""
     config = {
         "settings": asdict(settings) | {"budgets": list(settings.budgets)},
         "space": file.model_dump(mode="json"),
-        "latency_runtime": RUNTIME,
+        **timed,
         "command": command if not resume else _config(folder).get("command", command),
         "versions": {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "machine": {"system": platform.platform(), "processor": platform.machine()},
@@ -697,10 +747,11 @@ def read_config(folder: Path) -> tuple[Settings, SpaceFile, dict[str, Any]]:
 def check_resumable(folder: Path, wanted: Settings, space: SpaceFile | None = None) -> SpaceFile:
     """The space of the run in `folder`; `RunError` unless `wanted` continues it. Only totals may differ."""
     settings, file, _ = read_config(folder)
-    for name in ("task", "budgets", "controller", "epochs", "seed", "data", "checkpoint"):
+    fixed = ("task", "budgets", "controller", "epochs", "seed", "data", "checkpoint", "format", "threads", "batch")
+    for name in (*fixed, "latency_table"):
         before, now = getattr(settings, name), getattr(wanted, name)
         if before != now:
-            flag = {"task": "task", "budgets": "--budget"}.get(name, f"--{name}")
+            flag = {"task": "task", "budgets": "--budget"}.get(name, f"--{name.replace('_', '-')}")
             raise RunError(
                 f"{folder} was searched with {flag} {before!r}, not {now!r}: leave it out to continue, or "
                 "start a new run with --out"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from autocompress.artifact.layout import Header, file_bytes, weight_entry
 from autocompress.artifact.onnx import About, Candidate, Exporter, filling
 from autocompress.artifact.onnx_graph import Filling, Halves, cost, functions_bytes
 from autocompress.engine import Compressed, Workbench, compress
+from autocompress.errors import ExportError
 from autocompress.graph import Layer, Shape
 from autocompress.measure.latency import RUNTIME, Latency, LatencyMeter, RuntimeMeter
 from autocompress.measure.latency_table import LatencyTable
@@ -31,7 +32,7 @@ from autocompress.stored import Quantised, Stored
 from autocompress.task import few
 from autocompress.trial import Measurement
 
-FormatName = Literal["packed", "onnx"]
+FORMATS = ("packed", "onnx")
 RANGE_BATCHES = 2
 """Calibration batches over which activations' ranges are gathered."""
 SLACK = 64
@@ -111,6 +112,10 @@ class Target(Protocol):
         """The file at `path` alone on this machine, with many samples."""
         ...
 
+    def about(self) -> dict[str, Any]:
+        """How latencies were measured, for the run's record."""
+        ...
+
 
 class PackedTarget:
     """`.acz` files, which PyTorch runs."""
@@ -160,6 +165,9 @@ class PackedTarget:
 
     def retime(self, path: Path) -> Latency:
         return self._meter(self.reload(path).model)
+
+    def about(self) -> dict[str, Any]:
+        return {"latency_runtime": RUNTIME, "device": runtime.device()}
 
 
 class OnnxTarget:
@@ -260,7 +268,19 @@ class OnnxTarget:
         return Reloaded(len(content), notes.quality, ran)
 
     def retime(self, path: Path) -> Latency:
+        if self._place.table is not None:
+            raise ExportError("a file for another machine is timed there, not here")
         return self.meter.alone(About.read(path)[1])
+
+    def about(self) -> dict[str, Any]:
+        place = self._place
+        device = runtime.device() if place.table is None else place.table.device
+        return {
+            "latency_runtime": f"{runtime.NAME} {runtime.version()}",
+            "device": device,
+            "threads": place.threads,
+            "batch": place.batch,
+        }
 
 
 def _cost(choice: LayerChoice | None, dtype: str, shape: Shape, integer: bool) -> tuple[int, frozenset[str]]:

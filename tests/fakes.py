@@ -17,12 +17,13 @@ import torch
 
 from autocompress import study
 from autocompress.artifact.layout import Entry, weight_entry
-from autocompress.artifact.packed import Artifact, pack, read
+from autocompress.artifact.packed import pack, read
 from autocompress.evaluate import Job
 from autocompress.files import write
 from autocompress.front import Trial
 from autocompress.graph import Graph, Group, Layer, Member
 from autocompress.journal import Journal
+from autocompress.measure.latency import Latency
 from autocompress.measure.quality import Quality
 from autocompress.measure.size import Size
 from autocompress.policy import LayerChoice, Policy, Recovery
@@ -30,6 +31,7 @@ from autocompress.profile import Level, Profile, measure, with_groups
 from autocompress.space import Space, load_space, parse_space
 from autocompress.stored import Full, Half, Quantised, Raw, Stored
 from autocompress.study import Outcome, Settings, search
+from autocompress.target import Place, Reloaded
 from autocompress.trial import Evaluation, Measurement
 
 SPACE_TEXT = """
@@ -156,6 +158,24 @@ Fault = Callable[[Policy, int], str | None]
 """(policy, rung) -> "raise", "nan", "kill" or None."""
 
 
+@dataclass
+class FakeTarget:
+    """Has what `Study` uses of a target."""
+
+    evaluator: FakeEvaluator
+    suffix: str
+    slower: float
+
+    def retime(self, path: Path) -> Latency:
+        """The latency that the search measured, times a factor."""
+        policy = PACKED[read(path).key]
+        ms = self.slower * self.evaluator.latency(policy)
+        return Latency(ms, 0.99 * ms, 1.01 * ms, 9)
+
+    def about(self) -> dict[str, Any]:
+        return {"latency_runtime": "fake", "device": "fake"}
+
+
 class FakeEvaluator:
     """Has what `Study` uses of `Evaluator`; sizes and files are real, tensors are zeros, quality is a formula."""
 
@@ -167,9 +187,15 @@ class FakeEvaluator:
         dense_ms: float | None = None,
         fault: Fault | None = None,
         kill_at: int | None = None,
+        format: str = "packed",
+        retimed: float = 1.0,
     ) -> None:
-        """`fault` decides what goes wrong with a policy; the `kill_at`-th evaluation (from 0) kills the process."""
-        self.task, self.seed = task or FakeTask(), seed
+        """`retimed` is how much longer every file takes at the end, when it is timed alone.
+
+        `fault` decides what goes wrong with a policy; the `kill_at`-th evaluation (from 0) kills the process.
+        """
+        self.task, self.seed, self.format = task or FakeTask(), seed, format
+        self.target = FakeTarget(self, ".onnx" if format == "onnx" else ".acz", retimed)
         self.graph = self.task.graph
         state = {name: torch.full(shape, self.task.weights) for name, (shape, _) in self.graph.tensors.items()}
         self.bench = SimpleNamespace(state=state)
@@ -231,7 +257,7 @@ class FakeEvaluator:
             if fault == "nan":
                 raise FloatingPointError("accuracy is nan")
             known = self.predict(policy)
-            ms = self.dense.latency_ms * known.macs / self.dense.macs
+            ms = self.latency(policy)
             measured = Measurement(known.bytes, known.macs, quality.score, quality.loss, ms)
             if keep is not None:
                 write(keep, self.pack(compressed, quality.score))
@@ -242,6 +268,10 @@ class FakeEvaluator:
         return Evaluation(
             policy, self.seed, rung, "ok", measured, seconds=time.perf_counter() - start, screened=screened
         )
+
+    def latency(self, policy: Policy) -> float:
+        """Proportional to multiply-accumulates."""
+        return self.dense.latency_ms * self.graph.macs(policy) / self.dense.macs
 
     def run(self, job: Job) -> Evaluation:
         """What a runner runs."""
@@ -261,10 +291,10 @@ class FakeEvaluator:
         PACKED[compressed.policy.key()] = compressed.policy
         return pack(header, {entry.name: _zeros(entry) for entry in header.entries}, quality, compressed.policy.key())
 
-    def reload(self, path: Path) -> tuple[Artifact, FakeModel]:
+    def reload(self, path: Path) -> Reloaded:
         """The file at `path` and the model it describes."""
         artifact = read(path)
-        return artifact, FakeModel(PACKED[artifact.key])
+        return Reloaded(artifact.bytes, artifact.quality, FakeModel(PACKED[artifact.key]))  # type: ignore[arg-type]
 
 
 def _zeros(entry: Entry) -> Stored:
@@ -349,6 +379,8 @@ class World:
         self.task = FakeTask()
         self.fault: Fault | None = None
         self.kill_at: int | None = None
+        self.retimed = 1.0
+        self.places: list[Place] = []
         self.evaluators: list[FakeEvaluator] = []
 
     def install(self, patch: pytest.MonkeyPatch) -> World:
@@ -357,9 +389,26 @@ class World:
         patch.setattr(study, "Evaluator", lambda *given, **named: self.make(*given, **named))
         return self
 
-    def make(self, task: FakeTask, *, seed: int, dense_ms: float | None) -> FakeEvaluator:
+    def make(
+        self,
+        task: FakeTask,
+        *,
+        seed: int,
+        dense_ms: float | None,
+        format: str = "packed",
+        place: Place | None = None,
+    ) -> FakeEvaluator:
+        self.places.append(place or Place())
         self.evaluators.append(
-            FakeEvaluator(task, seed=seed, dense_ms=dense_ms, fault=self.fault, kill_at=self.kill_at)
+            FakeEvaluator(
+                task,
+                seed=seed,
+                dense_ms=dense_ms,
+                fault=self.fault,
+                kill_at=self.kill_at,
+                format=format,
+                retimed=self.retimed,
+            )
         )
         return self.evaluators[-1]
 

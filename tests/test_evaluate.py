@@ -145,7 +145,8 @@ def test_every_form_of_task_is_compressed_measured_written_and_read(kind: str, e
     assert measured.macs == evaluator.predict(policy).macs < evaluator.dense.macs
     assert measured.latency_ms > 0
     assert measured.loss > 0
-    artifact, model = evaluator.reload(tmp_path / "m.acz")
+    artifact = evaluator.reload(tmp_path / "m.acz")
+    model = artifact.model
     assert artifact.quality == measured.quality == task.score(model, "val")
     loaded = autocompress.load(tmp_path / "m.acz", task)
     batch = next(iter(task.batches("val", 0)))
@@ -398,7 +399,7 @@ def test_level_has_the_bytes_of_its_section_and_the_error_that_its_solution_make
         assert 0 < levels[1].error < levels[2].error < 1
         for level in levels:
             policy = Policy({layer.name: level.choice}, solver=solver)
-            header = evaluator.header(evaluator.build(policy)[0])
+            header = evaluator.target.header(evaluator.build(policy)[0])
             assert {entry.name: entry.nbytes for entry in header.entries}[layer.weight] == level.bytes
 
 

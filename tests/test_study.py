@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +261,45 @@ def test_slow_trials_are_not_feasible(world: World) -> None:
     assert not any(t.artifact for t in found.trials if t.number in {s.number for s in slow})
 
 
+def test_files_that_miss_the_latency_budget_when_timed_alone_are_not_feasible(world: World) -> None:
+    world.retimed = 1.2
+    found = world.search(budgets=("1.2ms",), trials=40, epochs=0)
+    retimed = [t for t in found.trials if not math.isnan(t.final_ms)]
+    assert all(t.final_ms == pytest.approx(1.2 * t.evaluation.measurement.latency_ms) for t in retimed)  # type: ignore[union-attr]
+    missed = [t for t in retimed if t.final_ms > 1.2]
+    assert missed
+    assert found.front
+    assert not {t.number for t in missed} & {t.number for t in found.front}
+    assert all(t.measured.latency_ms == t.final_ms <= 1.2 for t in found.front)
+    assert all(math.isnan(t.quality_test) for t in missed)  # `test` is not read for what does not ship
+    assert world.trials() == list(found.trials)
+
+
+def test_a_limit_between_the_quartiles_of_the_last_timing_is_said_to_be_uncertain(world: World) -> None:
+    found = world.search(budgets=("1.2ms",), trials=10, epochs=0)
+    assert not any("noisy" in text for text in found.warnings)
+    slowest = max(t.final_ms for t in found.front)
+    again = world.search(budgets=(f"{slowest * 1.005:.6f}ms",), trials=10, epochs=0, folder=world.run.parent / "b")
+    assert any("too noisy" in text for text in again.warnings)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"budgets": ("1.2ms",)}, "onnx"),
+        ({"budgets": ("latency=60%", "1.5kB")}, "onnx"),
+        ({"budgets": ("1.5kB",)}, "packed"),
+        ({"budgets": ("1.2ms",), "format": "packed"}, "packed"),
+        ({"budgets": ("1.5kB",), "format": "onnx"}, "onnx"),
+    ],
+)
+def test_a_latency_budget_ships_what_the_runtime_takes(world: World, given: dict[str, Any], expected: str) -> None:
+    world.search(epochs=0, trials=3, threads=2, batch=4, **given)
+    assert world.evaluators[0].format == expected
+    assert (world.places[0].threads, world.places[0].batch) == (2, 4)
+    assert all(t.artifact.endswith({"onnx": ".onnx", "packed": ".acz"}[expected]) for t in world.trials() if t.artifact)
+
+
 def test_latency_that_nothing_reaches_gives_an_empty_front(world: World) -> None:
     found = world.search(budgets=("1us",))
     assert (found.picked, found.front) == (None, ())
@@ -275,10 +315,10 @@ def test_front_is_on_disk_exactly_and_readable(world: World) -> None:
     names = {f"artifacts/{path.name}" for path in (world.run / "artifacts").iterdir()}
     assert names == {t.artifact for t in found.front}
     for t in found.front:
-        artifact, model = world.evaluators[0].reload(world.run / t.artifact)
+        artifact = world.evaluators[0].reload(world.run / t.artifact)
         assert artifact.bytes == (world.run / t.artifact).stat().st_size == t.measured.bytes
         assert artifact.quality == t.measured.quality
-        assert model.policy == t.evaluation.policy
+        assert artifact.model.policy == t.evaluation.policy
 
 
 def test_files_of_trials_that_left_the_front_are_removed(world: World) -> None:
@@ -489,7 +529,7 @@ def test_run_killed_while_its_journal_was_made_can_be_resumed(world: World) -> N
 
 def test_dense_latency_of_the_first_part_is_kept(world: World) -> None:
     first = world.search(trials=5)
-    world.make = lambda task, *, seed, dense_ms: FakeEvaluator(  # type: ignore[method-assign]
+    world.make = lambda task, *, seed, dense_ms, **_: FakeEvaluator(  # type: ignore[method-assign]
         task, seed=seed, dense_ms=99.0 if dense_ms is None else dense_ms
     )
     assert world.search(trials=8, resume=True).dense == first.dense

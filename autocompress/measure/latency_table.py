@@ -1,2 +1,5 @@
 class LatencyTable:
     pass
+
+
+def read_table(path): ...

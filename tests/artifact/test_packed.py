@@ -185,7 +185,7 @@ def test_layer_is_written_in_its_shortest_coding(evaluator: Evaluator, bits: int
         compressed, _ = evaluator.build(policy)
         header = packed.unpack(evaluator.pack(compressed, 0.5)).header
         entry = next(entry for entry in header.entries if entry.name == "conv1.weight")
-        plain = next(entry for entry in evaluator.size.header(policy).entries if entry.name == "conv1.weight")
+        plain = next(entry for entry in evaluator.target.size.header(policy).entries if entry.name == "conv1.weight")
         dense, masked = -(-count * bits // 8), -(-count // 8) + -(-kept * bits // 8)
         ternary = bits == 1 and kept < count
         assert plain.coding == ("bitmask" if masked < dense or ternary else "dense")

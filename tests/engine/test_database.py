@@ -646,7 +646,7 @@ def test_files_are_as_long_as_predicted(judge: Evaluator, choice: LayerChoice, e
     assert (tmp_path / "file").stat().st_size == found.measurement.bytes <= judge.bound(policy).bytes
     if epochs == 0:  # training changes codes, and so their length
         assert found.measurement.bytes == judge.predict(policy).bytes
-    _, model = judge.reload(tmp_path / "file")
+    model = judge.reload(tmp_path / "file").model
     torch.testing.assert_close(model(data(1)[0]), judge.build(policy)[1](data(1)[0]), rtol=0, atol=1e-5)
 
 
