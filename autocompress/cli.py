@@ -100,7 +100,9 @@ def search(
     out_dir: Annotated[Path | None, typer.Option("--out", help="Run folder.  [default: runs/TASK-DATE]")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this folder.", metavar="DIR")] = None,
     trials: Annotated[int | None, typer.Option(help="One-shot evaluations.  [default: 60]")] = None,
-    timeout: Annotated[str | None, typer.Option(help="Stop after this time: 90s, 30m, 2h.")] = None,
+    timeout: Annotated[
+        str | None, typer.Option(help="Stop after this time, the profile included: 90s, 30m, 2h.")
+    ] = None,
     epochs: Annotated[
         int | None,
         typer.Option(help="Epochs of recovery training for members of the front; 0 is one-shot only.  [default: 1]"),
