@@ -17,7 +17,7 @@ from autocompress.errors import PolicyError
 
 Scheme = Literal["symmetric", "asymmetric"]
 Solver = Literal["nearest", "database"]
-Criterion = Literal["l1", "l2", "taylor", "entropy", "gini"]
+Criterion = Literal["l1", "l2", "taylor", "entropy", "gini", "reconstruction"]
 Decay = Literal["constant", "step", "exponential", "cosine", "polynomial"]
 Gradient = Literal["none", "centralise", "standardise"]
 
@@ -118,7 +118,7 @@ class Policy:
 
     `keep` maps a coupling group to the share of its channels that stays; which ones is decided by `criterion`.
     `solver` says how zeros and codes are found: by magnitude and to the nearest grid point, or from the layer
-    database, which compensates for what each layer's inputs show. Layers whose channels are pruned take the former.
+    database, which compensates for what each layer's inputs show, removed channels included.
     `activations` of 8 runs every layer whose weights are integers on integer kernels, which `.onnx` files can.
     """
 

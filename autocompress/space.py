@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from autocompress.artifact.layout import weight_entry
 from autocompress.errors import SpaceError
-from autocompress.graph import Graph, Layer, Shape
+from autocompress.graph import Graph, Group, Layer, Shape
 from autocompress.policy import BITS, Criterion, Decay, Gradient, LayerChoice, Policy, Recovery, Scheme, Solver
 
 Value = int | float | str | bool
@@ -101,7 +101,10 @@ class LayerSection(_Section):
 
 
 class ChannelSection(_Section):
-    """`[channels]`: how many channels of each coupling group may stay, and by which importance."""
+    """`[channels]`: how many channels of each coupling group may stay, and by which importance.
+
+    Runtimes are fast at round widths of convolutions only, so `multiple_of` leaves groups without one alone.
+    """
 
     keep: Ratios = [1.0]
     criterion: Annotated[list[Criterion], Field(min_length=1)] = ["l2"]
@@ -219,7 +222,7 @@ class Space:
         self.sparsity = {
             layer.name: tuple(sorted(set(self._layer(layer.name, "sparsity")), reverse=True)) for layer in graph.layers
         }
-        self.keep = {group.name: self._ratios(group.name, group.channels) for group in graph.prunable}
+        self.keep = {group.name: self._ratios(group) for group in graph.prunable}
         for override in file.override:
             names = [*self.bits, *self.keep]
             if not fnmatch.filter(names, override.match):
@@ -235,13 +238,16 @@ class Space:
                 chosen = getattr(override, key)
         return chosen
 
-    def _ratios(self, name: str, channels: int) -> tuple[float, ...]:
-        """Keep ratios snapped to whole multiples of channels; all channels may always stay whole."""
-        ratios, step = self.file.channels.keep, self.file.channels.multiple_of
+    def _ratios(self, group: Group) -> tuple[float, ...]:
+        """Keep ratios snapped to whole channels, or multiples of them where a convolution makes or reads them."""
+        ratios, channels = self.file.channels.keep, group.channels
         for override in self.file.override:
-            if fnmatch.fnmatchcase(name, override.match) and override.keep is not None:
+            if fnmatch.fnmatchcase(group.name, override.match) and override.keep is not None:
                 ratios = override.keep
-        counts = {min(channels, max(step, round(ratio * channels / step) * step)) for ratio in ratios}
+        convolutions = {layer.weight for layer in self.graph.layers if layer.kind.startswith("conv")}
+        convolved = any(member.tensor in convolutions for member in group.members)
+        step = self.file.channels.multiple_of if convolved else 1
+        counts = {channels if r == 1 else min(channels, max(step, round(r * channels / step) * step)) for r in ratios}
         return tuple(sorted(count / channels for count in counts))
 
     @cached_property
@@ -348,9 +354,8 @@ class Space:
         sections = {"scheme": self.file.layers, "solver": self.file.layers, "criterion": self.file.channels}
         section = sections.get(name, self.file.batch_norm)
         allowed: list[Any] = getattr(section, name.removeprefix("batch_norm/"))
-        best = {"scheme": "symmetric", "solver": "database"}.get(
-            name, True
-        )  # fewer bytes; fewer errors; repaired norms
+        # fewer bytes; fewer errors, twice; repaired norms
+        best = {"scheme": "symmetric", "solver": "database", "criterion": "reconstruction"}.get(name, True)
         return best if best in allowed else allowed[0]
 
     def only(self, layers: Mapping[str, LayerChoice], keep: Mapping[str, float] | None = None) -> Policy:
@@ -381,6 +386,8 @@ class Space:
             point[f"bits/{layer.name}"], point[f"sparsity/{layer.name}"] = self._cheapest(layer, shapes[layer.weight])
         if True in self.file.batch_norm.fold:
             point["batch_norm/fold"] = True
+        if any(p.name == "criterion" for p in self.policy_parameters):  # its name stands in the file
+            point["criterion"] = min(self.file.channels.criterion, key=len)
         if "symmetric" in self.file.layers.scheme:  # an asymmetric grid stores zero points
             point["scheme"] = "symmetric"
         return self.decode(point)

@@ -64,9 +64,9 @@ def make_graph(rename: Callable[[str], str] = lambda name: name) -> Graph:
     """Two convolutions and a classifier; `rename` changes the layers' names."""
     a, b, fc, bn = rename("conv1"), rename("conv2"), rename("fc"), "bn1"
     layers = (
-        Layer(a, "Conv2d", (8, 3, 3, 3), positions=64, batch_norm=bn),
-        Layer(b, "Conv2d", (16, 8, 3, 3), positions=16, has_bias=True),
-        Layer(fc, "Linear", (10, 16), has_bias=True),
+        Layer(a, "conv2d", (8, 3, 3, 3), positions=64, batch_norm=bn),
+        Layer(b, "conv2d", (16, 8, 3, 3), positions=16, has_bias=True),
+        Layer(fc, "linear", (10, 16), has_bias=True),
     )
     tensors: dict[str, tuple[tuple[int, ...], str]] = {f"{a}.weight": ((8, 3, 3, 3), "float32")}
     tensors |= {f"{bn}.{name}": ((8,), "float32") for name in ("weight", "bias", "running_mean", "running_var")}

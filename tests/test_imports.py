@@ -122,7 +122,7 @@ def test_only_the_tracer_knows_torch_pruning() -> None:
 def test_passes_know_one_another_only_where_they_must() -> None:
     allowed = {
         "compensate": {"quantize"},
-        "database": {"cache", "compensate", "moments", "prune", "quantize"},
+        "database": {"cache", "channels", "compensate", "moments", "prune", "quantize"},
         "finetune": {"distill", "schedules", "quantize"},
         "recalibrate": {"quantize"},
     }

@@ -165,10 +165,17 @@ def test_groups_are_probed_inside_their_range_and_fixed_ones_not_at_all() -> Non
     counting, space = Counting(), make_space(text)
     before = made(counting, text)
     after = with_groups(before, counting, space, lambda *_: None, iter(range(9)).__next__)
-    assert [(group.name, group.keep) for group in after.groups] == [("conv1", 0.5)]
-    assert after.groups[0].loss == pytest.approx(counting.loss(Policy(keep={"conv1": 0.5})))
-    assert (after.evaluations, after.seconds) == (before.evaluations + 1, before.seconds + 1)
+    assert [(group.name, group.keep) for group in after.groups] == [("conv1", 0.25), ("conv1", 0.5)]
+    for group in after.groups:
+        assert group.loss == pytest.approx(counting.loss(Policy(keep={"conv1": group.keep})))
+    assert (after.evaluations, after.seconds) == (before.evaluations + 2, before.seconds + 1)
     assert after.layers == before.layers
+
+
+def test_narrowest_a_middle_and_the_widest_ratio_of_many_are_probed() -> None:
+    counting, space = Counting(), make_space(TEXT + "[channels]\nkeep = [0.125, 0.25, 0.375, 0.5, 0.75, 1.0]\n")
+    groups = with_groups(made(counting), counting, space, lambda *_: None, lambda: 0.0).groups
+    assert [group.keep for group in groups if group.name == "conv2"] == [0.125, 0.375, 0.75]
 
 
 def test_layer_that_no_level_harms_is_not_evaluated() -> None:

@@ -265,8 +265,9 @@ def test_widths_are_rounded_to_multiples(step: int, counts: list[int]) -> None:
 @given(st.integers(1, 64), st.lists(st.floats(0.01, 1), min_size=1, max_size=4), st.integers(2, 300))
 def test_the_graph_keeps_as_many_channels_as_the_space_meant(step: int, ratios: list[float], channels: int) -> None:
     group = Group("g", channels, (Member("g.weight", 0, each(channels)), Member("h.weight", 1, each(channels))))
-    tensors = {"g.weight": ((channels, 3), "float32"), "h.weight": ((2, channels), "float32")}
-    graph = Graph((Layer("g", "linear", (channels, 3)), Layer("h", "linear", (2, channels))), (group,), tensors, 1)
+    tensors = {"g.weight": ((channels, 3, 1), "float32"), "h.weight": ((2, channels, 1), "float32")}
+    layers = Layer("g", "conv1d", (channels, 3, 1)), Layer("h", "conv1d", (2, channels, 1))
+    graph = Graph(layers, (group,), tensors, 1)
     built = space(f"[channels]\nkeep = {ratios}\nmultiple_of = {step}\n", graph)
     for ratio in built.keep["g"]:
         (kept,) = graph.kept(Policy(keep={"g": ratio})).values()
@@ -275,6 +276,17 @@ def test_the_graph_keeps_as_many_channels_as_the_space_meant(step: int, ratios: 
 
 
 # --- overrides ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("maker", "reader"), [("linear", "linear"), ("embedding", "linear"), ("conv2d", "linear")])
+def test_only_widths_that_a_convolution_makes_or_reads_are_rounded(maker: str, reader: str) -> None:
+    """A runtime's blocks of channels exist in convolutions; a linear layer takes any width."""
+    made = (20, 3, 3, 3) if maker == "conv2d" else (7, 20) if maker == "embedding" else (20, 5)
+    group = Group("g", 20, (Member("g.weight", int(maker == "embedding"), each(20)), Member("h.weight", 1, each(20))))
+    tensors = {"g.weight": (made, "float32"), "h.weight": ((2, 20), "float32")}
+    graph = Graph((Layer("g", maker, made), Layer("h", reader, (2, 20))), (group,), tensors, 1)
+    built = space("[channels]\nkeep = [0.35, 1.0]\nmultiple_of = 16\n", graph)
+    assert built.keep["g"] == ((16 if maker == "conv2d" else 7) / 20, 1.0)
 
 
 def test_overrides_apply_by_glob_and_the_last_one_wins() -> None:

@@ -8,7 +8,7 @@ multiply-accumulates by construction. Measures nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -57,7 +57,7 @@ class SolverController(OptunaController):
         self._layers = {layer.name: layer for layer in space.graph.layers}
         self._menus = [_Levels.of(known[name], space) for name in self._names]
         self._groups = list(space.keep)
-        self._group_loss = _group_losses(space, profile)
+        self._group_loss = group_losses(space, profile)
         self._rest = {p.name: p.values for p in space.policy_parameters if isinstance(p, Categorical)}
         self._usual = tuple((name, space.preferred(name)) for name in self._rest)
         self._whole = tuple(len(space.keep[name]) - 1 for name in self._groups)
@@ -397,12 +397,21 @@ class _Levels:
         return cls(choices, indices, [costs[i] for i in kept], [losses[i] for i in kept], places)
 
 
-def _group_losses(space: Space, profile: Profile) -> dict[str, list[float]]:
-    """Predicted loss of each keep ratio of each group: quadratic in what goes, through the one that was measured."""
-    known = {group.name: group for group in profile.groups}
-    losses = {}
-    for name, ratios in space.keep.items():
-        group = known.get(name)
-        scale = group.loss / (1 - group.keep) ** 2 if group is not None and group.keep < 1 else 0.0
-        losses[name] = [scale * (1 - ratio) ** 2 for ratio in ratios]
-    return losses
+def group_losses(space: Space, profile: Profile) -> dict[str, list[float]]:
+    """Predicted loss of each keep ratio of each group; 0 for groups that were not measured."""
+    measured: dict[str, dict[float, float]] = {}
+    for group in profile.groups:
+        measured.setdefault(group.name, {})[group.keep] = group.loss
+    return {name: _width_losses(ratios, measured.get(name, {})) for name, ratios in space.keep.items()}
+
+
+def _width_losses(ratios: Sequence[float], measured: Mapping[float, float]) -> list[float]:
+    """A power law in the share that goes between two measured widths, a quadratic beyond; rising as they go."""
+    points = sorted((math.log(1 - keep), math.log(max(loss, 1e-9))) for keep, loss in measured.items() if keep < 1)
+    if not points:
+        return [0.0] * len(ratios)
+    (low, first), (high, last) = points[0], points[-1]
+    points = [(low - 1, first - 2), *points, (high + 1, last + 2)]
+    gone, losses = np.array(points).T
+    found = [0.0 if r == 1 else math.exp(float(np.interp(math.log(1 - r), gone, losses))) for r in ratios]
+    return [max(found[i:]) for i in range(len(found))]

@@ -21,10 +21,19 @@ from autocompress.channels_last import bears_channels_last, channels_last
 from autocompress.engine.cache import Cache
 from autocompress.engine.database import LayerDatabase, remembered_moments
 from autocompress.engine.finetune import Constraint, Hints, train
-from autocompress.engine.prune import Importance, magnitude_mask, remove_channels
+from autocompress.engine.prune import (
+    WHOLE,
+    Importance,
+    Remaining,
+    Slice,
+    magnitude_mask,
+    remaining,
+    slice_of,
+    sliced,
+)
 from autocompress.engine.quantize import Grid, quantise
 from autocompress.engine.recalibrate import anchored, fold, norms, reestimate, statistics
-from autocompress.graph import Graph, Layer
+from autocompress.graph import Graph, Group, Layer
 from autocompress.policy import LayerChoice, Policy, Solver
 from autocompress.stored import Quantised, Stored, StoredModel
 from autocompress.surgery import install, without
@@ -58,12 +67,13 @@ def _coded_lengths(tensors: StoredModel) -> dict[str, int]:
 
 @dataclass(frozen=True, eq=False)
 class OneShot:
-    """A policy before recovery training: kept channels per group, remaining tensors, compressed weights.
+    """A policy before recovery training: kept channels per group, what stays of each tensor, compressed weights.
 
     `compensated` names the weights that come from the layer database.
     """
 
     kept: Mapping[str, Tensor]
+    stays: Remaining
     state: Mapping[str, Tensor]
     weights: dict[str, Stored]
     compensated: frozenset[str]
@@ -83,7 +93,7 @@ class Workbench:
         self.state = {name: value.detach().cpu() for name, value in state.items() if isinstance(value, Tensor)}
         self.eps = {name: float(norm.eps) for name, norm in norms(self.teacher).items()}  # type: ignore[arg-type]
         self.calibration = self._calibration(CALIBRATION_INPUTS)
-        self.importance = Importance(task, self.teacher, self.graph, self.calibration)
+        self.importance = Importance(task, self.teacher, self.graph, self.calibration, self._reconstruction)
         self._student = copy.deepcopy(self.teacher)
         self._deployed: dict[bool, nn.Module] = {}
         self._layers: OrderedDict[Any, tuple[Stored, int]] = OrderedDict()
@@ -157,18 +167,24 @@ class Workbench:
         batches, cache = self._calibration(DATABASE_INPUTS), Cache()
         return LayerDatabase(self.state, remembered_moments(cache, self.teacher, self.graph, batches, self.seed), cache)
 
-    def compensates(self, layer: Layer, channels: tuple[Any, ...], solver: Solver) -> bool:
+    def _reconstruction(self, group: Group) -> Tensor:
+        """Ranks (channels,) of a group's channels by what its readers lose without them."""
+        layers = {layer.weight: layer for layer in self.graph.layers}
+        return self.database.channel_ranks([(layers[m.tensor], m) for m in group.consumers])
+
+    def compensates(self, layer: Layer, solver: Solver) -> bool:
         """Whether this layer's solution comes from the database."""
-        return solver == "database" and not channels and self.database.knows(layer)
+        return solver == "database" and self.database.knows(layer)
 
     def stored(
-        self, layer: Layer, choice: LayerChoice, weight: Tensor, channels: tuple[Any, ...], solver: Solver = "nearest"
+        self, layer: Layer, choice: LayerChoice, weight: Tensor, part: Slice = WHOLE, solver: Solver = "nearest"
     ) -> Stored:
-        """`weight` under `choice`, from the cache if this layer was seen with the same `channels` kept."""
-        key = (layer.name, choice, channels, solver)
+        """`weight`, of which only `part` stays, under `choice`; from the cache if it was seen before."""
+        key = (layer.name, choice, part, solver)
         if key not in self._layers:
-            if self.compensates(layer, channels, solver):
-                stored = self.database.solve(layer, choice)
+            if self.compensates(layer, solver):
+                base, narrow = self.database.narrowed(layer, part)
+                stored = base.solve(narrow, choice)
             else:
                 stored = quantise(weight, choice, magnitude_mask(weight, choice.zeros(weight.numel())))
             self._layers[key] = stored, weight.numel() * (2 if isinstance(stored, Quantised) else 5)
@@ -180,19 +196,16 @@ class Workbench:
     def one_shot(self, policy: Policy) -> OneShot:
         """Channels, zeros and bits of `policy`, from the cache as far as possible."""
         kept = self.importance.kept(policy)
-        state = remove_channels(self.state, self.graph, kept)
+        stays = remaining(self.graph, kept)
+        state = sliced(self.state, stays)
         weights: dict[str, Stored] = {}
         compensated = set()
         for layer, choice in self.graph.choices(policy):
-            channels = tuple(
-                (g.name, len(kept[g.name]), policy.criterion)
-                for g in self.graph.prunable
-                if g.name in kept and any(m.tensor == layer.weight for m in g.members)
-            )
-            weights[layer.weight] = self.stored(layer, choice, state[layer.weight], channels, policy.solver)
-            if self.compensates(layer, channels, policy.solver):
+            part = slice_of(layer.weight, stays)
+            weights[layer.weight] = self.stored(layer, choice, state[layer.weight], part, policy.solver)
+            if self.compensates(layer, policy.solver):
                 compensated.add(layer.weight)
-        return OneShot(kept, state, weights, frozenset(compensated))
+        return OneShot(kept, stays, state, weights, frozenset(compensated))
 
     def coded_lengths(self, policy: Policy) -> dict[str, int]:
         """`Compressed.coded_lengths` of the policy without its recovery training."""
@@ -224,8 +237,7 @@ def compress(bench: Workbench, policy: Policy, progress: Progress | None = None)
 
 def _statistics(bench: Workbench, state: Mapping[str, Tensor], parent: OneShot) -> dict[str, Tensor]:
     """Batch-norm statistics for the compressed tensors in `state`; the dense model's are those of `parent`."""
-    batch = remove_channels({**bench.state, **bench.dense_statistics}, bench.graph, parent.kept)
-    return anchored(bench.statistics(state), batch, parent.state)
+    return anchored(bench.statistics(state), sliced(bench.dense_statistics, parent.stays), parent.state)
 
 
 def _recover(

@@ -22,17 +22,20 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from autocompress.engine.cache import Cache, digest
+from autocompress.engine.channels import Reader, refit, removal_ranks
 from autocompress.engine.compensate import Factor, factorise, ranked, refit_scale, removal_order, solve, times
 from autocompress.engine.moments import moments
-from autocompress.engine.prune import magnitude_mask
+from autocompress.engine.prune import WHOLE, Slice, magnitude_mask
 from autocompress.engine.quantize import Grid, fit_grid, quantise
-from autocompress.graph import Graph, Layer
+from autocompress.graph import Graph, Layer, Member, Shape
 from autocompress.policy import LayerChoice
 from autocompress.stored import Full, Half, Quantised, Stored, round_to_half
 from autocompress.task import Batch
 
 VERSION = 1
 """Raise when statistics, orders or solutions change, so that older ones on disk are not read."""
+NARROW_BYTES = 256 * 2**20
+"""Statistics and weights of layers that lost channels, which stay in memory for their other levels."""
 FACTOR_BYTES = 256 * 2**20
 """Factors of H that stay in memory for the next level of the same layers."""
 ROWWISE_BYTES = 16 * 2**20
@@ -192,6 +195,7 @@ class LayerDatabase:
         self._factors: OrderedDict[tuple[str, int], Factor] = OrderedDict()
         self._errors: dict[tuple[str, LayerChoice], float] = {}
         self._powers: dict[str, float] = {}
+        self._narrow: OrderedDict[tuple[str, Slice], tuple[LayerDatabase, Layer]] = OrderedDict()
 
     def knows(self, layer: Layer) -> bool:
         """Whether there are usable statistics for this layer."""
@@ -214,6 +218,65 @@ class LayerDatabase:
                 self._errors[layer.name, choice] = self.error(layer, stored)
             self._write(key, {**entry, "error": torch.tensor([self._errors[layer.name, choice]], dtype=torch.float64)})
         return stored
+
+    def narrowed(self, layer: Layer, part: Slice) -> tuple[LayerDatabase, Layer]:
+        """The database and the layer to solve when only `part` of this one stays.
+
+        Its weight is fitted to the inputs that stay by least squares, and only then has zeros and codes. The layer must
+        have usable statistics.
+        """
+        if part == WHOLE:
+            return self, layer
+        key = layer.name, part
+        if key not in self._narrow:
+            self._narrow[key] = self._narrowed(layer, part)
+            while sum(base.nbytes for base, _ in self._narrow.values()) > NARROW_BYTES and len(self._narrow) > 1:
+                self._narrow.popitem(last=False)
+        self._narrow.move_to_end(key)
+        return self._narrow[key]
+
+    def _narrowed(self, layer: Layer, part: Slice) -> tuple[LayerDatabase, Layer]:
+        weight, h = self._state[layer.weight], self.statistics(layer)
+        assert h is not None, "only layers that the database knows can be narrowed"
+        if part.rows is not None:
+            rows = torch.tensor(part.rows)
+            weight = weight[rows]
+            h = h[rows] if len(h) == layer.shape[0] and layer.groups > 1 else h  # depthwise, or rows of an embedding
+        if part.inputs is not None and h.ndim == 1:
+            weight = weight[:, torch.tensor(part.inputs)]
+        elif part.inputs is not None:
+            kept = columns_of(layer.shape, torch.tensor(part.inputs)).flatten()
+            fitted = refit(weight.flatten(1), h[0], kept)
+            weight = fitted.to(weight.dtype).reshape(len(weight), len(part.inputs), *layer.shape[2:])
+            h = h[:, kept][:, :, kept]
+        narrow = replace(layer, shape=tuple(weight.shape), groups=len(weight) if layer.groups > 1 else 1)
+        return LayerDatabase({layer.weight: weight}, {layer.name: h}, self._cache), narrow
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all statistics and weights."""
+        return sum(v.numel() * v.element_size() for v in (*self._state.values(), *self._given.values()))
+
+    def channel_ranks(self, readers: Sequence[tuple[Layer, Member]]) -> Tensor:
+        """Rank (channels,) of each channel of a group: the k of highest rank cost its `readers` least to be left with.
+
+        Readers without usable statistics see all inputs alike and unrelated.
+        """
+        found = []
+        for layer, member in readers:
+            rows, h = self._state[layer.weight].flatten(1), self.statistics(layer)
+            index = torch.tensor(member.index)  # (channels, per channel)
+            found.append(Reader(rows, torch.eye(rows.shape[1]) if h is None else h[0], columns_of(layer.shape, index)))
+        key = f"channels-{digest(VERSION, *(part for r in found for part in (r.rows, r.h, r.columns)))}"
+        entry = None if self._cache is None else self._cache.read(key)
+        if entry is not None and self._cache is not None:
+            ranks = entry.get("ranks")
+            if ranks is not None and ranks.dtype == torch.int32 and ranks.ndim == 1 and _is_order(ranks):
+                return ranks
+            self._cache.refuse(key, "it is no order of these channels")
+        ranks = removal_ranks(found).int()
+        self._write(key, {"ranks": ranks})
+        return ranks
 
     def error(self, layer: Layer, stored: Stored) -> float:
         """Share of the layer's outputs on calibration data that `stored` loses: tr(E H E^T) / tr(W H W^T).
@@ -318,6 +381,12 @@ class LayerDatabase:
     def _write(self, key: str, entry: Entry) -> None:
         if self._cache is not None:
             self._cache.write(key, entry)
+
+
+def columns_of(shape: Shape, inputs: Tensor) -> Tensor:
+    """Columns of a weight's rows that belong to input channels: (..., n) to (..., n * kernel positions)."""
+    size = prod(shape[2:])
+    return (inputs.unsqueeze(-1) * size + torch.arange(size)).flatten(-2)
 
 
 def _matrix(h: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,8 +86,19 @@ def gini_importance(activations: Tensor) -> Tensor:
 class Importance:
     """Channel scores of the dense model under each criterion, computed once and on first use."""
 
-    def __init__(self, task: Task, model: nn.Module, graph: Graph, batches: Iterable[Batch]) -> None:
-        """`model` is the dense model; `batches` are calibration batches from the training split."""
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        graph: Graph,
+        batches: Iterable[Batch],
+        reconstruction: Callable[[Group], Tensor],
+    ) -> None:
+        """`model` is the dense model; `batches` are calibration batches from the training split.
+
+        `reconstruction` ranks the channels (channels,) of a group by what their readers lose without them.
+        """
+        self._reconstruction = reconstruction
         self._task, self._model, self._graph, self._batches = task, model, graph, list(batches)
         state = model.state_dict()
         self._state = {name: value.detach().cpu() for name, value in state.items() if isinstance(value, Tensor)}
@@ -112,6 +124,8 @@ class Importance:
         groups = self._graph.prunable
         if criterion in ("l1", "l2"):
             return {g.name: norm_importance(self._state, g, 1 if criterion == "l1" else 2) for g in groups}
+        if criterion == "reconstruction":
+            return {g.name: self._reconstruction(g) for g in groups}
         if criterion == "taylor":
             total = {g.name: torch.zeros(g.channels, dtype=torch.float64) for g in groups}
             for gradients in self._gradients():
@@ -176,11 +190,22 @@ class Importance:
 # --- removal --------------------------------------------------------------------------------------------
 
 
-def remove_channels(state: Mapping[str, Tensor], graph: Graph, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with only the `kept` channels of each group, coupled tensors sliced together.
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Which output channels (`rows`) and input channels (`inputs`) of a weight stay, ascending; None where all do."""
 
-    Tensors that no pruned group touches are the given ones, not copies.
-    """
+    rows: tuple[int, ...] | None = None
+    inputs: tuple[int, ...] | None = None
+
+
+WHOLE = Slice()
+
+Remaining = Mapping[tuple[str, int], Tensor]
+"""Indices that stay, ascending, by tensor and dimension; what is not named stays whole."""
+
+
+def remaining(graph: Graph, kept: Mapping[str, Tensor]) -> dict[tuple[str, int], Tensor]:
+    """What stays of each tensor when groups have only their `kept` channels."""
     drop: dict[tuple[str, int], list[Tensor]] = {}
     for group in graph.prunable:
         if group.name in kept:
@@ -188,9 +213,32 @@ def remove_channels(state: Mapping[str, Tensor], graph: Graph, kept: Mapping[str
             gone[kept[group.name]] = False
             for member in group.members:
                 drop.setdefault((member.tensor, member.dim), []).append(torch.tensor(member.index)[gone].flatten())
-    result = dict(state)
+    stays = {}
     for (tensor, dim), indices in drop.items():
-        stays = torch.ones(result[tensor].shape[dim], dtype=torch.bool)
-        stays[torch.cat(indices)] = False
-        result[tensor] = result[tensor].index_select(dim, stays.nonzero().flatten())
+        left = torch.ones(graph.tensors[tensor][0][dim], dtype=torch.bool)
+        left[torch.cat(indices)] = False
+        stays[tensor, dim] = left.nonzero().flatten()
+    return stays
+
+
+def sliced(state: Mapping[str, Tensor], stays: Remaining) -> dict[str, Tensor]:
+    """The state with only what `stays`; tensors that lose nothing are the given ones, not copies."""
+    result = dict(state)
+    for (tensor, dim), left in stays.items():
+        if tensor in result:
+            result[tensor] = result[tensor].index_select(dim, left)
     return result
+
+
+def slice_of(tensor: str, stays: Remaining) -> Slice:
+    """The part of a weight that `stays`."""
+    rows, inputs = (stays.get((tensor, dim)) for dim in (0, 1))
+    return Slice(None if rows is None else tuple(rows.tolist()), None if inputs is None else tuple(inputs.tolist()))
+
+
+def remove_channels(state: Mapping[str, Tensor], graph: Graph, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with only the `kept` channels of each group, coupled tensors sliced together.
+
+    Tensors that no pruned group touches are the given ones, not copies.
+    """
+    return sliced(state, remaining(graph, kept))

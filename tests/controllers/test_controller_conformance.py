@@ -14,8 +14,10 @@ from optuna.trial import TrialState
 
 from autocompress.controllers.optuna_samplers import SAMPLERS, OptunaController
 from autocompress.controllers.registry import CONTROLLERS, make_controller
+from autocompress.controllers.solver import group_losses
 from autocompress.errors import AutocompressError
 from autocompress.policy import Policy
+from autocompress.profile import GroupProfile
 from autocompress.trial import Budget, Evaluation
 
 TIGHT = Budget(bytes=1500)
@@ -318,6 +320,30 @@ def test_latency_budget_makes_the_solver_remove_channels() -> None:
     history = run("solver", 30, budget)[1]
     shots = [e for e in history if e.status == "ok" and e.rung == 0]
     assert sum(e.measurement.latency_ms <= 1.2 for e in shots) >= len(shots) // 2
+
+
+def test_losses_of_widths_pass_through_the_measured_ones_and_rise_as_channels_go() -> None:
+    space = make_space("[layers]\nbits = [8]\n[channels]\nkeep = [0.125, 0.25, 0.5, 0.75, 0.875, 1.0]\n")
+    measured = [("conv1", 0.25, 0.9), ("conv1", 0.75, 0.1), ("conv2", 0.25, 0.1), ("conv2", 0.5, 0.3)]
+    profile = replace(make_profile(space), groups=tuple(GroupProfile(*row) for row in measured))
+    found = group_losses(space, profile)
+    (first, second, third, fourth, fifth, last) = found["conv1"]
+    assert (second, fourth, last) == pytest.approx((0.9, 0.1, 0.0))
+    assert third == pytest.approx(0.1 * 2**2)  # nine times as much for three times as many: a square here
+    assert first == pytest.approx(0.9 * (0.875 / 0.75) ** 2)
+    assert fifth == pytest.approx(0.1 / 4)
+    assert found["conv2"][:3] == pytest.approx([0.3, 0.3, 0.3])  # noise: narrower is not better
+
+
+def test_channels_go_first_where_the_measured_loss_per_operation_is_least() -> None:
+    space = make_space("[layers]\nbits = [8]\n[channels]\nkeep = [0.25, 0.5, 0.75, 1.0]\n")
+    for tough, soft in (("conv1", "conv2"), ("conv2", "conv1")):
+        groups = (GroupProfile(tough, 0.5, 9.0), GroupProfile(soft, 0.5, 0.001))
+        profile = replace(make_profile(space), groups=groups)
+        budget = Budget(macs=int(0.8 * GRAPH.dense_macs))
+        policy = make_controller("solver", space, budget, FakeEvaluator().predict, 0, profile).ask()
+        assert GRAPH.macs(policy) <= 0.8 * GRAPH.dense_macs
+        assert policy.keep[soft] < policy.keep[tough]
 
 
 # --- the Gaussian process, in short ---

@@ -92,7 +92,7 @@ def task_of(model: nn.Module, dtype: torch.dtype = torch.float32) -> Classificat
 def importance_of(task: ClassificationTask) -> tuple[Importance, Graph]:
     model = task.model()
     graph = trace(model, task.split("train")[0][:4])
-    return Importance(task, model, graph, task.batches("train", 0)), graph
+    return Importance(task, model, graph, task.batches("train", 0), lambda group: -torch.arange(group.channels)), graph
 
 
 @pytest.fixture(autouse=True)
@@ -237,7 +237,9 @@ def test_taylor_leaves_the_models_gradients_and_flags_alone() -> None:
     model[0].weight.requires_grad_(False)
     graph = trace(model, task.split("train")[0][:4])
     flags = [p.requires_grad for p in model.parameters()]
-    Importance(task, model, graph, task.batches("train", 0)).scores("taylor")
+    Importance(task, model, graph, task.batches("train", 0), lambda group: -torch.arange(group.channels)).scores(
+        "taylor"
+    )
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
 

@@ -71,7 +71,7 @@ def test_every_importance_takes_an_embedding(forward: object, criterion: Criteri
     data = WORDS, torch.tensor([0, 1, 2, 0])
     task = ClassificationTask(model, data, data, data)
     policy = Policy(keep={g.name: 0.5 for g in graph.prunable}, criterion=criterion)
-    kept = Importance(task, model, graph, task.batches("val")).kept(policy)
+    kept = Importance(task, model, graph, task.batches("val"), lambda group: -torch.arange(group.channels)).kept(policy)
     assert {name: len(index) for name, index in kept.items()} == graph.kept(policy)
 
 
