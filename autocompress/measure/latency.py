@@ -88,36 +88,3 @@ class _one_thread:  # noqa: N801 (used as a statement)
 
     def __exit__(self, *_: object) -> None:
         torch.set_num_threads(self._before)
-
-
-class RuntimeMeter:
-    def __init__(self, reference, inputs, *, threads=1, dense_ms=None):
-        from autocompress.runtime import session, feeds
-
-        self.s = session(reference, threads)
-        self.x = feeds(self.s, inputs)
-        self.threads = threads
-        self.dense = median(self._run(self.s, None, 30)[0]) if dense_ms is None else dense_ms
-
-    def _run(self, a, b, n):
-        T = [[], []]
-        for k in range(-3, n):
-            for i, s in enumerate((a, b)):
-                if s is None:
-                    continue
-                t = time.thread_time_ns()
-                s.run(None, self.x)
-                if k >= 0:
-                    T[i].append((time.thread_time_ns() - t) / 1e6)
-        return T
-
-    def __call__(self, content, samples=30):
-        from autocompress.runtime import session
-
-        own, ref = self._run(session(content, self.threads), self.s, samples)
-        r = [a / b for a, b in zip(own, ref)]
-        lo, m, hi = quantiles(r, n=4)
-        return Latency(self.dense * m, self.dense * lo, self.dense * hi, samples)
-
-    def alone(self, content):
-        return self(content, 100)

@@ -1,5 +1,0 @@
-class LatencyTable:
-    pass
-
-
-def read_table(path): ...
