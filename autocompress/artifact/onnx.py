@@ -243,6 +243,11 @@ class Exporter:
         skeleton = self._precise(exported, candidate)
         return bytes(filled(skeleton, fillings(candidate.tensors, skeleton.places), about).SerializeToString())
 
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """State-dict names of the weights that the files' named nodes compute with: node "0" with the first."""
+        return tuple(self._dense.skeleton.weights)
+
     def module(self, ran: onnxruntime.InferenceSession) -> RuntimeModel:
         """A session on one of these files, returning what the model returns."""
         return RuntimeModel(ran, self._dense.outputs)
