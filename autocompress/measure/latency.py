@@ -101,14 +101,14 @@ class RuntimeMeter:
         return self._latency(own, reference)
 
     def traced(self, content: bytes, samples: int = RUNTIME_SAMPLES) -> Traced:
-        """Latency of a file, and of its layers at the same moment: on the reference's scale too."""
+        """Latency of a file, and right after it that of its layers, on the reference's scale too."""
+        latency = self(content, samples)
         with tempfile.TemporaryDirectory() as folder:
             probe = session(content, self.threads, trace=Path(folder) / "trace")
-            own, _, reference = self._times([session(content, self.threads), probe, self._reference], samples)
+            _, reference = self._times([probe, self._reference], samples)
             events = Path(probe.end_profiling()).read_bytes()
         scale = self.dense / median(reference)
-        layers = {i: scale * ms for i, ms in layer_times(events, content, skip=WARM_UP).items()}
-        return Traced(self._latency(own, reference), layers)
+        return Traced(latency, {i: scale * ms for i, ms in layer_times(events, content, skip=WARM_UP).items()})
 
     def against(self, reference: bytes, dense_ms: float) -> RuntimeMeter:
         """A meter of the same deployment with another reference, which takes `dense_ms`."""
