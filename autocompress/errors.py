@@ -7,6 +7,8 @@
     ├── PolicyError              a policy that is malformed or does not belong to the model
     ├── RunError                 a run folder that is in the way, missing, locked or of another search
     ├── ArtifactError            a file that is torn, foreign or does not belong to the task
+    ├── ExportError              a model that ONNX or its runtime does not take
+    ├── LatencyError             a latency table that cannot be read, or is of another model or deployment
     └── NothingFits              exit code 3: no policy fits the budget; names the nearest reachable point
 
 Anything else that escapes is a bug and is shown as one.
@@ -47,6 +49,10 @@ class ArtifactError(AutocompressError):
 
 class ExportError(AutocompressError):
     """A model that ONNX or its runtime does not take, or that computes something else there."""
+
+
+class LatencyError(AutocompressError):
+    """A latency table that cannot be read, or that belongs to another model, runtime, batch size or thread count."""
 
 
 class NothingFits(AutocompressError):

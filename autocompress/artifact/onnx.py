@@ -276,6 +276,11 @@ class Exporter:
         """Equal for candidates that run the same kernels on the same shapes, and so take the same time."""
         return candidate.architecture, candidate.activations, self._chosen(self._exported(candidate), candidate)
 
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """State-dict names of the weights that the files' named nodes compute with: node "0" with the first."""
+        return tuple(self._dense.skeleton.weights)
+
     def module(self, ran: onnxruntime.InferenceSession) -> RuntimeModel:
         """A session on one of these files, returning what the model returns."""
         return RuntimeModel(ran, self._dense.outputs)
