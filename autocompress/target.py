@@ -6,7 +6,8 @@ A target says how large a policy's file is, makes it, and times it where it will
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +23,9 @@ from autocompress.artifact.layout import Header, file_bytes, weight_entry
 from autocompress.artifact.onnx import About, Candidate, Exporter, filling
 from autocompress.artifact.onnx_graph import Filling, Halves, cost, functions_bytes
 from autocompress.engine import Compressed, Workbench, compress
-from autocompress.errors import ExportError
 from autocompress.graph import Layer, Shape
-from autocompress.measure.latency import RUNTIME, Latency, LatencyMeter, RuntimeMeter
-from autocompress.measure.latency_table import LatencyTable
+from autocompress.measure.latency import RUNTIME, Latency, LatencyMeter, RuntimeMeter, alone
+from autocompress.measure.latency_table import LatencyTable, Model, Predictor, build
 from autocompress.measure.size import Size
 from autocompress.policy import LayerChoice, Policy
 from autocompress.stored import Quantised, Stored
@@ -35,6 +35,8 @@ from autocompress.trial import Measurement
 FORMATS = ("packed", "onnx")
 RANGE_BATCHES = 2
 """Calibration batches over which activations' ranges are gathered."""
+FINAL_SAMPLES = 200
+"""Runs of a file that is timed alone."""
 SLACK = 64
 """Bytes by which a predicted file may be too short: lengths of lengths, and longer names."""
 
@@ -184,8 +186,13 @@ class OnnxTarget:
         self.exporter = Exporter(self._graph.layers, dense, examples)
         inputs = few(bench.teacher, bench.example.inputs, self._place.batch)
         reference = self.exporter.build(dense, self._about(Policy()))
-        self.table = self._place.table
-        self._carried = self.table is not None
+        self.table: LatencyTable | None = None
+        self._predictor: Predictor | None = None
+        carried = self._place.table
+        if carried is not None:
+            carried.check(self._graph, runtime.version(), self._place.threads, self._place.batch)
+            self.use(carried)
+            dense_ms = carried.dense
         self.meter = RuntimeMeter(reference, inputs, threads=self._place.threads, dense_ms=dense_ms)
         self._times: dict[Hashable, Latency] = {}
         self._cost = lru_cache(maxsize=4096)(_cost)
@@ -193,10 +200,30 @@ class OnnxTarget:
 
     @property
     def dense_ms(self) -> float:
-        return self.meter.dense if self.table is None or not self._carried else self.predicted_ms(Policy())
+        return self.meter.dense
+
+    # --- times ---
+
+    def use(self, table: LatencyTable) -> None:
+        """Predict with `table` from now on."""
+        self.table, self._predictor = table, Predictor(table, self._graph)
+
+    def measure_table(self, keep: Mapping[str, Sequence[float]]) -> LatencyTable:
+        """Times of this machine for the widths that groups may keep; predictions use it from now on."""
+
+        def file_of(policy: Policy, activations: int) -> bytes:
+            wanted = replace(policy, activations=activations)
+            return self.exporter.build(self._candidate(compress(self._bench, wanted), wanted), self._about(wanted))
+
+        model = Model(self._graph, keep, self.exporter.computed, file_of)
+        place = (runtime.NAME, runtime.version(), runtime.device())
+        with alone():
+            self.use(build(model, self.meter, place, time.monotonic))
+        assert self.table is not None
+        return self.table
 
     def predicted_ms(self, policy: Policy) -> float:
-        return math.nan if self.table is None else self.table.predict(self._graph, policy, policy.activations)
+        return math.nan if self._predictor is None else self._predictor(policy, policy.activations)
 
     def _about(self, policy: Policy, quality: float = math.nan) -> About:
         return About(self._task.name, self._task.metric, policy.key(), quality)
@@ -250,7 +277,7 @@ class OnnxTarget:
 
     def _timed(self, candidate: Candidate, content: bytes, policy: Policy) -> Latency:
         """Equal kernels get equal numbers: a search does not choose by noise."""
-        if self._carried:
+        if self._place.table is not None:
             ms = self.predicted_ms(policy)
             return Latency(ms, ms, ms, 0)
         key = self.exporter.kernels(candidate)
@@ -268,13 +295,12 @@ class OnnxTarget:
         return Reloaded(len(content), notes.quality, ran)
 
     def retime(self, path: Path) -> Latency:
-        if self._place.table is not None:
-            raise ExportError("a file for another machine is timed there, not here")
-        return self.meter.alone(About.read(path)[1])
+        with alone():
+            return self.meter(About.read(path)[1], FINAL_SAMPLES)
 
     def about(self) -> dict[str, Any]:
         place = self._place
-        device = runtime.device() if place.table is None else place.table.device
+        device = runtime.device() if place.table is None else place.table.deployment.device
         return {
             "latency_runtime": f"{runtime.NAME} {runtime.version()}",
             "device": device,

@@ -8,7 +8,7 @@ multiply-accumulates by construction. Measures nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from autocompress.controllers.knapsack import Instance, Menu, efficient, greedy, prepare, solve
 from autocompress.controllers.optuna_samplers import OptunaController, Predict, mix
 from autocompress.controllers.surrogate import Floats, Ints, Surrogate
+from autocompress.controllers.widths import Widths
 from autocompress.policy import Policy
 from autocompress.profile import LayerProfile, Profile
 from autocompress.space import Categorical, Space, Value, section_bytes
@@ -32,8 +33,6 @@ TRIES = 12
 """Proposals that are drawn before one that was evaluated already is returned."""
 AT_BUDGET = 0.4
 """Share of the proposals aimed at the budget itself: that is what the user asked for."""
-MARGIN = 0.97
-"""Share of a latency budget that the predicted latency may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +47,31 @@ class Choice:
 class SolverController(OptunaController):
     """See the module. Baselines are not proposed: the plain solver's policies are where it starts."""
 
-    def __init__(self, space: Space, budget: Budget, predict: Predict, seed: int, profile: Profile) -> None:
-        """`profile` must name every layer of `space`."""
+    def __init__(
+        self,
+        space: Space,
+        budget: Budget,
+        predict: Predict,
+        seed: int,
+        profile: Profile,
+        times: Callable[[Policy], float] | None = None,
+    ) -> None:
+        """`profile` must name every layer of `space`; `times` predicts a policy's milliseconds."""
         super().__init__("tpe", space, budget, predict, seed)
         self._baselines.clear()
         known = {layer.name: layer for layer in profile.layers}
         self._names = list(space.bits)
         self._layers = {layer.name: layer for layer in space.graph.layers}
         self._menus = [_Levels.of(known[name], space) for name in self._names]
-        self._groups = list(space.keep)
-        self._group_loss = group_losses(space, profile)
+        self._widths = Widths(space, budget, group_losses(space, profile), times)
+        self._groups, self._whole = self._widths.groups, self._widths.whole
         self._rest = {p.name: p.values for p in space.policy_parameters if isinstance(p, Categorical)}
         self._usual = tuple((name, space.preferred(name)) for name in self._rest)
-        self._whole = tuple(len(space.keep[name]) - 1 for name in self._groups)
         self._menus_at = lru_cache(maxsize=64)(self._make_menus)
         self._instance = lru_cache(maxsize=64)(self._make_instance)
         self._surrogate = Surrogate(self._instance(self._whole)[0].losses)
         self._seen: set[str] = set()
         self._front: list[tuple[int, float, Choice]] = []  # bytes, loss, choice; rising bytes, falling loss
-        self._ms: list[tuple[float, float]] = []  # multiply-accumulates and milliseconds of what was measured
         self._range = self._targets()
 
     # --- the problem ---
@@ -95,7 +100,10 @@ class SolverController(OptunaController):
         shape = shapes[layer.weight]
         if shape == layer.shape:
             return levels.costs
-        return [section_bytes(layer, shape, choice) for choice in levels.choices]
+        return [  # by what sections of packed files would shrink: other files' parts do about alike
+            math.ceil(size * section_bytes(layer, shape, choice) / section_bytes(layer, layer.shape, choice))
+            for choice, size in zip(levels.choices, levels.costs, strict=True)
+        ]
 
     def _targets(self) -> tuple[int, int]:
         """Least and largest number of bytes that proposals aim at: the smallest file, and the budget."""
@@ -202,8 +210,8 @@ class SolverController(OptunaController):
         target, keep, rest = max(size, target), parent.keep, parent.rest
         if self._rest and draw.random() < 0.1:
             rest = self._flipped(rest, draw)
-        if self._limits_macs() and draw.random() < 0.5:
-            keep = self._moved(keep, draw)
+        if self._widths.limited and draw.random() < 0.5:
+            keep = self._widths.moved(keep, draw, self._wide(rest))
         instance, fixed = self._instance(keep)
         levels = np.array(parent.levels)
         changed = draw.choice(len(levels), size=min(len(levels), 1 + int(draw.integers(2))), replace=False)
@@ -282,57 +290,13 @@ class SolverController(OptunaController):
                 return policy
         return None
 
-    # --- channels: only multiply-accumulates and time make them worth their loss ---
-
-    def _limits_macs(self) -> bool:
-        return bool(self._groups) and (self._budget.macs is not None or self._budget.ms is not None)
-
-    def _most_macs(self) -> float:
-        """Multiply-accumulates that fit the budget, by a line through the latencies measured so far."""
-        most = math.inf if self._budget.macs is None else float(self._budget.macs)
-        if self._budget.ms is None or not self._ms:
-            return most
-        macs, ms = np.array(self._ms).T
-        if len(set(macs)) > 1:
-            slope, start = np.polyfit(macs, ms, 1)
-        else:
-            slope, start = float(ms.mean() / macs.mean()), 0.0
-        if slope <= 0:
-            return most
-        return min(most, float((MARGIN * self._budget.ms - start) / slope))
+    def _wide(self, rest: tuple[tuple[str, Value], ...]) -> int:
+        """The width of the activations when the categoricals are `rest`."""
+        return int(dict(rest).get("activations", self._space.preferred("activations")))
 
     def _keep(self, draw: np.random.Generator | None) -> tuple[int, ...] | None:
-        """Ratios that bring the model within its multiply-accumulates, cheapest steps first; None if none do."""
-        keep = self._whole
-        if not self._limits_macs():
-            return keep
-        most = self._most_macs()
-        noise = {n: math.exp(draw.normal(0.0, 0.5)) if draw is not None else 1.0 for n in self._groups}
-        graph, losses = self._space.graph, self._group_loss
-        macs = graph.macs(self._keep_policy(keep))
-        while macs > most:
-            steps = []
-            for g, name in enumerate(self._groups):
-                if keep[g]:
-                    lower = (*keep[:g], keep[g] - 1, *keep[g + 1 :])
-                    fewer = graph.macs(self._keep_policy(lower))
-                    price = noise[name] * (losses[name][keep[g] - 1] - losses[name][keep[g]])
-                    steps.append((price / max(macs - fewer, 1), fewer, lower))
-            if not steps:
-                return None if self._budget.macs is not None and macs > self._budget.macs else keep
-            _, macs, keep = min(steps)
-        return keep
-
-    def _keep_policy(self, keep: tuple[int, ...]) -> Policy:
-        return Policy(keep={n: self._space.keep[n][i] for n, i in zip(self._groups, keep, strict=True)})
-
-    def _moved(self, keep: tuple[int, ...], draw: np.random.Generator) -> tuple[int, ...]:
-        """One group a step wider or narrower, another the other way."""
-        moved = list(keep)
-        for step in (1, -1):
-            g = int(draw.integers(len(moved)))
-            moved[g] = min(max(moved[g] + step, 0), self._whole[g])
-        return tuple(moved)
+        """Widths within the limits on multiply-accumulates and time; None if there are none."""
+        return self._widths.choose(draw, self._wide(self._usual))
 
     # --- learning ---
 
@@ -345,8 +309,7 @@ class SolverController(OptunaController):
         self._seen.add(key)
         if evaluation.status != "ok" or measured is None or not math.isfinite(measured.loss):
             return
-        if self._budget.ms is not None and math.isfinite(measured.latency_ms):
-            self._ms.append((float(measured.macs), measured.latency_ms))
+        self._widths.learn(evaluation.policy, measured.macs, measured.latency_ms)
         choice = self._choice(evaluation.policy)
         if choice is None:
             return
