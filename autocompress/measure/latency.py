@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -36,20 +37,25 @@ RUNTIME = "torch-eager"
 WARM_UP = 3
 SAMPLES = 15
 RUNTIME_SAMPLES = 40
-ATTEMPTS = 4
-"""A sample that was preempted is taken again, up to so many times as many as are wanted."""
+MIN_CALM = 8
+ATTEMPTS = 3
+"""A disturbed round is repeated, until there are so many times as many rounds as are wanted."""
+DISTURBED = 1.15
+"""A round counts as disturbed if the reference takes so many times its fastest. Neighbours on the machine slow
+integer kernels less than float ones (1.3 against 1.5 times on ResNet-20), so that ratios do not cancel it."""
 
 Run = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Median and quartiles over `samples` runs."""
+    """Median and quartiles over `samples` runs; `reference` is what the reference took meanwhile, in milliseconds."""
 
     ms: float
     low: float
     high: float
     samples: int
+    reference: float = 0.0
 
     def decides(self, limit: float) -> bool:
         """Whether the difference from `limit` milliseconds is larger than the spread on that side."""
@@ -81,8 +87,9 @@ class Traced:
 class RuntimeMeter:
     """Times the content of `.onnx` files in ONNX Runtime on one example, against a reference file.
 
-    With one thread it takes the CPU time of the calling thread, which other processes hardly change; with more, wall
-    time, of samples during which this process was not preempted, where the system can tell.
+    With one thread it takes the CPU time of the calling thread; with more, wall time. Rounds in which the reference is
+    much slower than it can be, or with several threads the process was preempted, are left out as long as others can
+    be had.
     """
 
     def __init__(self, reference: bytes, inputs: Any, *, threads: int = 1, dense_ms: float | None = None) -> None:
@@ -93,35 +100,63 @@ class RuntimeMeter:
             raise LatencyError(f"{threads} threads cannot run a model; give 1 or more")
         self.threads, self.batch, self._inputs = threads, length(inputs), inputs
         self._reference = session(reference, threads)
-        self.dense = median(self._times([self._reference], 2 * RUNTIME_SAMPLES)[0]) if dense_ms is None else dense_ms
+        self._fastest = math.inf
+        self.dense = median(self._rounds([], 2 * RUNTIME_SAMPLES).reference) if dense_ms is None else dense_ms
 
     def __call__(self, content: bytes, samples: int = RUNTIME_SAMPLES) -> Latency:
         """Latency of a file, in milliseconds per batch. Its session lives only as long."""
-        own, reference = self._times([session(content, self.threads), self._reference], samples)
-        return self._latency(own, reference)
+        rounds = self._rounds([session(content, self.threads)], samples)
+        ratios = [own / reference for own, reference in rounds.times]
+        low, middle, high = quantiles(ratios, n=4)
+        return Latency(self.dense * middle, self.dense * low, self.dense * high, len(ratios), median(rounds.reference))
 
     def traced(self, content: bytes, samples: int = RUNTIME_SAMPLES) -> Traced:
         """Latency of a file, and right after it that of its layers, on the reference's scale too."""
         latency = self(content, samples)
         with tempfile.TemporaryDirectory() as folder:
             probe = session(content, self.threads, trace=Path(folder) / "trace")
-            _, reference = self._times([probe, self._reference], samples)
-            events = Path(probe.end_profiling()).read_bytes()
-        scale = self.dense / median(reference)
-        return Traced(latency, {i: scale * ms for i, ms in layer_times(events, content, skip=WARM_UP).items()})
+            rounds = self._rounds([probe], samples)
+            profile = Path(probe.end_profiling()).read_bytes()
+        scale = self.dense / median(rounds.reference)
+        layers = layer_times(profile, content, [WARM_UP + i for i in rounds.numbers])
+        return Traced(latency, {number: scale * ms for number, ms in layers.items()})
 
     def against(self, reference: bytes, dense_ms: float) -> RuntimeMeter:
         """A meter of the same deployment with another reference, which takes `dense_ms`."""
         return RuntimeMeter(reference, self._inputs, threads=self.threads, dense_ms=dense_ms)
 
-    def _latency(self, own: Sequence[float], reference: Sequence[float]) -> Latency:
-        low, middle, high = quantiles((a / b for a, b in zip(own, reference, strict=True)), n=4)
-        return Latency(self.dense * middle, self.dense * low, self.dense * high, len(own))
-
-    def _times(self, sessions: Sequence[onnxruntime.InferenceSession], count: int) -> list[list[float]]:
+    def _rounds(self, sessions: Sequence[onnxruntime.InferenceSession], count: int) -> _Rounds:
+        """The sessions and then the reference taking turns, after a warm-up: `count` calm rounds if there are any."""
         given = feeds(self._reference, self._inputs)
-        runs = [_bound(ran, given) for ran in sessions]
-        return _samples(runs, count) if self.threads == 1 else _undisturbed(runs, count)
+        runs = [_bound(ran, given) for ran in (*sessions, self._reference)]
+        clock = time.thread_time_ns if self.threads == 1 else time.perf_counter_ns
+        for _ in range(WARM_UP):
+            _round(runs, clock)
+        every: list[list[float]] = []
+        clean: list[int] = []
+        while len(every) < ATTEMPTS * count:
+            before = _preemptions()
+            every.append(_round(runs, clock))
+            self._fastest = min(self._fastest, every[-1][-1])
+            if self.threads == 1 or _preemptions() == before:
+                clean.append(len(every) - 1)
+            calm = [i for i in clean if every[i][-1] <= DISTURBED * self._fastest]
+            if len(calm) == count:
+                break
+        numbers = next(found for found in (calm, clean, range(len(every))) if len(found) >= min(count, MIN_CALM))
+        return _Rounds([every[i] for i in numbers], list(numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounds:
+    """Milliseconds of each run in some rounds, the reference's last, and the numbers of those rounds."""
+
+    times: list[list[float]]
+    numbers: list[int]
+
+    @property
+    def reference(self) -> list[float]:
+        return [times[-1] for times in self.times]
 
 
 def _bound(ran: onnxruntime.InferenceSession, given: Mapping[str, Any]) -> Run:
@@ -172,21 +207,6 @@ def _samples(runs: Sequence[Run], count: int) -> list[list[float]]:
     """CPU milliseconds of the calling thread per run, taking turns, after a warm-up: (runs, count)."""
     rounds = [_round(runs, time.thread_time_ns) for _ in range(WARM_UP + count)]
     return [list(times) for times in zip(*rounds[WARM_UP:], strict=True)]
-
-
-def _undisturbed(runs: Sequence[Run], count: int) -> list[list[float]]:
-    """Wall milliseconds per run, taking turns: of rounds without preemption, or of all where few are: (runs, n)."""
-    for _ in range(WARM_UP):
-        _round(runs, time.perf_counter_ns)
-    calm: list[list[float]] = []
-    every: list[list[float]] = []
-    while len(calm) < count and len(every) < ATTEMPTS * count:
-        before = _preemptions()
-        every.append(_round(runs, time.perf_counter_ns))
-        if _preemptions() == before:
-            calm.append(every[-1])
-    chosen = calm if len(calm) >= count // 2 else every
-    return [list(times) for times in zip(*chosen, strict=True)]
 
 
 def _round(runs: Sequence[Run], clock: Callable[[], int]) -> list[float]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 VERSION = 1
 PRECISIONS = (32, 8)
 """Bits of the activations: float kernels, or integer ones where the weight has a grid."""
-MIN_RUNS, MAX_RUNS = 6, 16
+MIN_RUNS, MAX_RUNS = 8, 16
 """Whole-model runs per precision; with more ratios than these can pair, the pairs left are estimated."""
 MIXED_RUNS = 4
 SAMPLES = 24
@@ -428,17 +428,19 @@ class Model:
 
 @dataclass(frozen=True)
 class _Series:
-    """Runs at one precision, on the scale of its own dense file; `anchors` are that file's milliseconds."""
+    """Runs at one precision, on the scale of its own dense file, which `anchors` tie to the stopwatch's reference."""
 
     activations: int
     dense: bytes
     watch: Stopwatch
-    anchors: list[float] = field(default_factory=list)
+    anchors: list[Latency] = field(default_factory=list)
     runs: list[tuple[Policy, Latency, Mapping[int, float]]] = field(default_factory=list)
 
     @property
     def anchor(self) -> float:
-        return median(self.anchors)
+        """Milliseconds of the dense file: of the third of its measurements during which the machine was fastest."""
+        calm = sorted(self.anchors, key=lambda latency: latency.reference)[: max(1, len(self.anchors) // 3)]
+        return median(latency.ms for latency in calm)
 
     def measured(self) -> list[tuple[Policy, float]]:
         """Milliseconds of each policy."""
@@ -455,7 +457,7 @@ def build(model: Model, watch: Stopwatch, place: tuple[str, str, str], clock: Ca
     series = [_opened(model, watch, activations) for activations in PRECISIONS]
     for keep in design(model.graph, model.keep):
         for one in series:
-            one.anchors.append(watch(one.dense, ANCHOR_SAMPLES).ms)
+            one.anchors.append(watch(one.dense, ANCHOR_SAMPLES))
             policy = _policy(model.graph, keep, one.activations)
             traced = one.watch.traced(model.file_of(policy, one.activations), SAMPLES)
             one.runs.append((policy, traced.latency, traced.layers))

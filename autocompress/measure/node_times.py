@@ -20,15 +20,16 @@ FUSED = ("Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh")
 """Activations that the runtime computes inside the convolution before them."""
 
 
-def layer_times(profile: bytes, content: bytes, skip: int) -> dict[int, float]:
-    """Milliseconds per numbered node of the file `content`, from the runtime's profile, without the first `skip` runs.
+def layer_times(profile: bytes, content: bytes, rounds: Sequence[int]) -> dict[int, float]:
+    """Milliseconds per numbered node of the file `content`, from the runtime's profile of the runs `rounds`.
 
     What the runtime does between two numbered nodes counts to the first: it reorders, requantises, adds and pools that
     layer's output. -1 is what comes before all of them. The mean of a node's middle half of runs, since durations are
     whole microseconds and some runs are interrupted.
     """
     tensors = _tensors(content)
-    runs = [_by_layer(run, tensors) for run in _runs(profile)][skip:]
+    every = list(_runs(profile))
+    runs = [_by_layer(every[i], tensors) for i in rounds]
     found: dict[int, float] = {}
     for number in sorted({number for run in runs for number in run}):
         times = np.sort([run.get(number, 0.0) for run in runs])
