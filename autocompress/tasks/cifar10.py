@@ -113,6 +113,12 @@ def cifar10(data: Path | None, checkpoint: Path | None) -> ClassificationTask:
     except RuntimeError as error:
         first = re.sub(r"\s+", " ", str(error))[:160]
         raise TaskError(f"{checkpoint} does not fit a CIFAR ResNet-{depth}: {first}") from None
+    return on_images(model, data, f"cifar10-resnet{depth}")
+
+
+def on_images(model: nn.Module, data: Path, name: str) -> ClassificationTask:
+    """Any classifier of normalised (n, 3, 32, 32) images on the folder `data`: `val` is the first half of the test
+    images, `test` the second half. Raises `TaskError`."""
     folder = _folder(data)
     train = [read_batch(folder / f"data_batch_{i}") for i in range(1, 6)]
     test_x, test_y = read_batch(folder / "test_batch")
@@ -122,7 +128,7 @@ def cifar10(data: Path | None, checkpoint: Path | None) -> ClassificationTask:
         (np.concatenate([x for x, _ in train]), np.concatenate([y for _, y in train])),
         (test_x[:half], test_y[:half]),
         (test_x[half:], test_y[half:]),
-        name=f"cifar10-resnet{depth}",
+        name=name,
         augment=crop_and_flip,
     )
 
