@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -26,9 +26,11 @@ from rich.table import Table
 from autocompress.errors import AutocompressError, BudgetError, RunError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
+    from autocompress.evaluate import Evaluator
     from autocompress.front import Trial
     from autocompress.measure.latency import Latency
     from autocompress.report.tables import Run
+    from autocompress.space import Space
     from autocompress.study import Progress, Settings, Study
     from autocompress.task import Task
     from autocompress.trial import Measurement
@@ -224,6 +226,15 @@ def _conclude(run: Run, *, as_json: bool) -> None:
             )
         else:
             out.print(f"Profile: {evaluations} evaluations in {seconds:.0f} s; later searches of this model reuse it.")
+    if run.latency_table is not None:
+        told = run.latency_table
+        off = told["error"] if told["error_on_trials"] is None else told["error_on_trials"]
+        where = f"{run.settings.threads} thread(s), batch {run.settings.batch}, on {told['device']}"
+        out.print(
+            f"Latency: {run.config['latency_runtime']}, {where}; layer times predict it to within {off:.1%} (median).",
+            soft_wrap=True,
+            markup=False,
+        )
     for warning in run.warnings:
         err.print(f"[yellow]warning:[/] {escape(warning)}")
     failed = [t for t in run.trials if t.evaluation.status == "failed"]
@@ -247,7 +258,9 @@ def _conclude(run: Run, *, as_json: bool) -> None:
 def _front_table(run: Run) -> Table:
     title = f"Front of {run.task} under {run.budget}" if run.picked else f"Nothing fits {run.budget}"
     shown = Table(title=escape(title), title_justify="left")
-    for name in ("trial", f"{escape(run.metric)} val", "test", "bytes", "of original", "ms", "recovered"):
+    timed = run.budget.ms is not None
+    names = ["trial", f"{escape(run.metric)} val", "test", "bytes", "of original", "ms"]
+    for name in (*names, *(["predicted", "speed-up"] if timed else []), "recovered"):
         shown.add_column(name, justify="right")
     for t in run.front:
         m = t.measured
@@ -258,6 +271,7 @@ def _front_table(run: Run) -> Table:
             f"{m.bytes:,}",
             f"{m.bytes / run.dense.bytes:.1%}",
             f"{m.latency_ms:.3g}",
+            *([f"{m.predicted_ms:.3g}", f"{run.dense.latency_ms / m.latency_ms:.2f}x"] if timed else []),
             "yes" if t.evaluation.rung else "",
         )
     return shown
@@ -630,11 +644,29 @@ def _inspect_onnx(
     return _Inspected(loaded.metric, evaluator.target.runtime, artifact.quality, measured, timed, evaluator.dense)
 
 
-@app.command(epilog=_examples("autocompress profile my_task.py:task", "autocompress profile digits --bits 2"))
+@app.command(
+    epilog=_examples(
+        "autocompress profile my_task.py:task",
+        "autocompress profile digits --bits 2",
+        "autocompress profile my_task.py:task --latency-table board.json --device 'kitchen board'",
+    )
+)
 def profile(
     task: TaskSpec = "digits",
     bits: Annotated[int, typer.Option(help="Sensitivity: the loss with one layer alone at this width.")] = 4,
     sensitivity: Annotated[bool, typer.Option(help="Evaluate each layer alone (one pass over val per layer).")] = True,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(
+            "--latency-table",
+            help="Write this machine's layer times here; `search --latency-table FILE` uses them anywhere.",
+            metavar="OUT",
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="What to call this machine in that file.")] = None,
+    space: Annotated[str, typer.Option(help="The search space whose widths are timed.")] = "default",
+    threads: Threads = None,
+    batch: BatchSize = None,
     data: DataDir = None,
     checkpoint: Checkpoint = None,
     as_json: Json = False,
@@ -643,10 +675,16 @@ def profile(
     from autocompress.evaluate import Evaluator
     from autocompress.policy import LayerChoice, Policy, Recovery
     from autocompress.report.tables import plain, size_text
+    from autocompress.space import Space, load_space
+    from autocompress.target import Place
     from autocompress.task import load_task
 
     LayerChoice(bits)  # a wrong width fails before the work
-    evaluator = Evaluator(load_task(task, data=data, checkpoint=checkpoint))
+    file, place = load_space(space), Place(threads or 1, batch or 1)
+    form = "packed" if latency_table is None else "onnx"
+    evaluator = Evaluator(load_task(task, data=data, checkpoint=checkpoint), format=form, place=place)
+    if latency_table is not None:
+        _write_table(evaluator, Space(file, evaluator.graph, integers=True), device, latency_table)
     graph, dense = evaluator.graph, evaluator.dense
     layers = []
     for layer in graph.layers:
@@ -710,6 +748,26 @@ def profile(
                 }
             )
         )
+
+
+def _write_table(evaluator: Evaluator, space: Space, device: str | None, path: Path) -> None:
+    """Time this machine, and write what was found where another machine can read it."""
+    from autocompress.files import write
+    from autocompress.target import OnnxTarget
+
+    target = evaluator.target
+    assert isinstance(target, OnnxTarget)
+    with err.status("timing layers") if err.is_terminal else nullcontext():
+        table = target.measure_table(space.keep)
+    if device is not None:
+        table = replace(table, deployment=replace(table.deployment, device=device))
+    write(path, (json.dumps(table.to_json(), indent=1) + "\n").encode())
+    out.print(
+        f"{path}: layer times of {table.deployment.device} from {table.runs} runs in {table.seconds:.0f} s; they "
+        f"predict these runs to within {table.error:.1%} (median)",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 @app.command(epilog=_examples("autocompress init", "autocompress init detector.py"))

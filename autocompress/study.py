@@ -26,6 +26,7 @@ from torch import Tensor
 from autocompress.controllers.base import Controller
 from autocompress.controllers.optuna_samplers import Predict
 from autocompress.controllers.registry import make_controller, needs_profile
+from autocompress.controllers.widths import fastest_widths
 from autocompress.errors import AutocompressError, NothingFits, RunError
 from autocompress.evaluate import Evaluator, Job
 from autocompress.files import cache_folder, write
@@ -49,6 +50,8 @@ PROMOTED_BEST = 6
 """Screened policies of least loss that are scored on all of `val`."""
 TRAINING_ROOM = 0.01
 """Share of a byte budget that recovery training's parents leave free, where the front has such members."""
+TOO_SLOW = 1.1
+"""A latency budget is refused before the search if the fastest policy is slower by more than what timings vary by."""
 NO_TIME = "the time ran out before the first evaluation: continue with --resume and a longer --timeout"
 _OURS = re.compile(r"trial-\d+\.(acz|onnx|json)|\.trial-\d+\.(acz|onnx|json)\..*")
 """Files of a run folder that may be removed: finished ones, and temporary ones of `files.write`."""
@@ -544,11 +547,13 @@ def search(
         _write_config(folder, settings, file, command, evaluator.target.about(), resume=resume)
         for name in ("artifacts", "policies"):
             (folder / name).mkdir(exist_ok=True)
+        times = _times_of(evaluator, choices, budget, journal, watch)
+        _refuse_too_slow(choices, evaluator, budget, settings)
         profile = (
             _profile(evaluator, choices, budget, journal, _until(begun + timeout, watch)) if with_profile else None
         )
         timeout -= time.monotonic() - begun
-        size, times = _size_of(evaluator), _times_of(evaluator, choices, budget, journal, watch)
+        size = _size_of(evaluator)
         controller = make_controller(settings.controller, choices, budget, size, settings.seed, profile, times)
 
         def run_one(job: Job) -> Evaluation:
@@ -702,6 +707,24 @@ def _refuse_unreachable(space: Space, evaluator: Evaluator, budget: Budget, sett
             f"nothing fits {budget}: the smallest policy of the space {settings.space!r} takes {smallest.bytes:,} "
             f"bytes and {smallest.macs:,} MACs; raise the budget to that, or give a --space with narrower choices"
             + "".join(f"; {note}" for note in evaluator.graph.notes[:3])
+        )
+
+
+def _refuse_too_slow(space: Space, evaluator: Evaluator, budget: Budget, settings: Settings) -> None:
+    """Raise `NothingFits` if not even the fastest policies that the layer times tell of keep to the latency."""
+    target = evaluator.target
+    if budget.ms is None or not isinstance(target, OnnxTarget) or target.table is None:
+        return
+    fastest = min(
+        (fastest_widths(space, target.predicted_ms, width) for width in space.activations), key=lambda f: f[1]
+    )
+    policy, told = fastest
+    measured = told if settings.latency_table else target.time(policy).ms
+    if min(told, measured) > TOO_SLOW * budget.ms:
+        raise NothingFits(
+            f"nothing fits {budget}: the fastest policy of the space {settings.space!r} takes {measured:.4g} ms "
+            f"(the original {evaluator.dense.latency_ms:.4g} ms); raise the budget to that, or give a --space with "
+            "narrower choices"
         )
 
 

@@ -27,7 +27,7 @@ from autocompress.graph import Layer, Shape
 from autocompress.measure.latency import RUNTIME, Latency, LatencyMeter, RuntimeMeter, alone
 from autocompress.measure.latency_table import LatencyTable, Model, Predictor, build
 from autocompress.measure.size import Size
-from autocompress.policy import LayerChoice, Policy
+from autocompress.policy import LayerChoice, Policy, Recovery
 from autocompress.stored import Quantised, Stored
 from autocompress.task import few
 from autocompress.trial import Measurement
@@ -231,6 +231,13 @@ class OnnxTarget:
     def _candidate(self, compressed: Compressed, policy: Policy, model: nn.Module | None = None) -> Candidate:
         module = self._bench.realise(compressed) if model is None else model
         return Candidate(compressed.tensors, module, self._graph.architecture(policy), policy.activations)
+
+    def time(self, policy: Policy) -> Latency:
+        """The latency of a policy whose tensors do not matter."""
+        plain = replace(policy, solver="nearest", recovery=Recovery(reestimate_bn=False))
+        compressed = compress(self._bench, plain)
+        candidate = self._candidate(compressed, plain)
+        return self._timed(candidate, self.exporter.build(candidate, self._about(plain)), plain)
 
     # --- sizes ---
 

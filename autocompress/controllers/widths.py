@@ -19,6 +19,8 @@ from autocompress.trial import Budget
 
 MARGIN = 0.97
 """Share of a latency budget that a predicted latency may take."""
+ROUNDS = 4
+"""Passes over all groups in search of the fastest widths."""
 DRAW = 0.5
 """Spread of the logarithm of the losses when widths are drawn instead of chosen."""
 
@@ -119,9 +121,7 @@ class Widths:
     def _ms(self, keep: Keep, activations: int) -> float:
         """Predicted milliseconds, corrected by what was measured; 0 before anything is known."""
         if self._times is not None:
-            if (keep, activations) not in self._known:
-                self._known[keep, activations] = self._times(self.policy(keep, activations))
-            return self._known[keep, activations] * self._correction()
+            return self.predicted(keep, activations) * self._correction()
         if not self._measured:
             return 0.0
         told, ms = np.array(self._measured).T
@@ -130,5 +130,27 @@ class Widths:
             slope, start = np.polyfit(told, ms, 1)
         return float(start + slope * self._space.graph.macs(self.policy(keep))) if slope > 0 else 0.0
 
+    def predicted(self, keep: Keep, activations: int) -> float:
+        """What `times` says of these widths."""
+        assert self._times is not None
+        if (keep, activations) not in self._known:
+            self._known[keep, activations] = self._times(self.policy(keep, activations))
+        return self._known[keep, activations]
+
     def _correction(self) -> float:
         return median(ms / told for told, ms in self._measured) if self._measured else 1.0
+
+
+def fastest_widths(space: Space, times: Callable[[Policy], float], activations: int) -> tuple[Policy, float]:
+    """The policy that layer times call fastest, and its milliseconds: one group after the other, until none changes."""
+    widths = Widths(space, Budget(ms=0.0), {}, times)
+    keep = tuple(0 for _ in widths.groups)
+    best = widths.predicted(keep, activations)
+    for _ in range(ROUNDS):
+        before = best
+        for g, ratios in enumerate(space.keep.values()):
+            options = [(*keep[:g], index, *keep[g + 1 :]) for index in range(len(ratios))]
+            best, keep = min((widths.predicted(option, activations), option) for option in options)
+        if best >= before:
+            break
+    return widths.policy(keep, activations), best

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -23,6 +24,7 @@ COLUMNS = {
     "quality_test": "float64",
     "bytes": "int64",
     "latency_ms": "float64",
+    "predicted_ms": "float64",
     "macs": "int64",
     "loss": "float64",
     "feasible": "bool",
@@ -51,6 +53,7 @@ class Run:
     peak_memory_mib: int | None
     warnings: Sequence[str]
     profile: dict[str, Any] | None = None
+    latency_table: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -78,6 +81,7 @@ class Run:
                 journal.fact("peak_memory_mib"),
                 journal.fact("warnings") or (),
                 _profile(journal),
+                _latency_table(journal),
             )
 
     @property
@@ -112,6 +116,7 @@ def row(trial: Trial, budget: Budget) -> dict[str, Any]:
         "quality_test": trial.quality_test,
         "bytes": measured.bytes,
         "latency_ms": measured.latency_ms,
+        "predicted_ms": measured.predicted_ms,
         "macs": measured.macs,
         "loss": measured.loss,
         "feasible": budget.excess(measured) <= 0,
@@ -149,6 +154,7 @@ def summary(run: Run) -> dict[str, Any]:
                 "seconds": round(run.seconds, 3),
                 "peak_memory_mib": run.peak_memory_mib,
                 "profile": run.profile,
+                "latency_table": run.latency_table,
                 "budget": {"bytes": run.budget.bytes, "latency_ms": run.budget.ms, "macs": run.budget.macs},
                 "dense": {
                     "quality_val": run.dense.quality,
@@ -174,6 +180,25 @@ def _profile(journal: Journal) -> dict[str, Any] | None:
         "evaluations": profile["evaluations"],
         "seconds": round(profile["seconds"], 3),
         "reused": bool(journal.fact("profile_reused")),
+    }
+
+
+def _latency_table(journal: Journal) -> dict[str, Any] | None:
+    """Where the run's table of layer times is from, what it took, and how far its predictions are off."""
+    table = journal.fact("latency_table")
+    if table is None:
+        return None
+    pairs = [
+        (t.measured.predicted_ms, t.measured.latency_ms)
+        for t in journal.trials()
+        if t.evaluation.status == "ok" and t.measured.predicted_ms > 0 and t.measured.latency_ms > 0
+    ]
+    return {
+        "device": table["deployment"]["device"],
+        "runs": table["runs"],
+        "seconds": round(table["seconds"], 3),
+        "error": round(table["error"], 4),
+        "error_on_trials": round(median(abs(told / ms - 1) for told, ms in pairs), 4) if pairs else None,
     }
 
 
