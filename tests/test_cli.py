@@ -292,7 +292,8 @@ def test_budget_below_the_smallest_reachable_names_it(here: Path) -> None:
 
 
 def test_latency_that_nothing_reaches_ends_with_the_nearest(here: Path) -> None:
-    result = run(*SEARCH, "--budget", "0.001us", "--epochs", 0, "--out", "run", "--json")
+    given = "--budget", "0.001us", "--epochs", 0, "--out", "run", "--format", "packed", "--json"
+    result = run(*SEARCH, *given)
     assert result.code == 3
     assert "nothing fits" in result.err
     assert result.json["picked"] is None
