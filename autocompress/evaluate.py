@@ -82,7 +82,7 @@ class Evaluator:
 
     def level(self, layer: Layer, choice: LayerChoice, solver: Solver) -> Level:
         """One layer's solution under `choice`: bytes of its section, and the share of its outputs' power it loses."""
-        stored = self.bench.stored(layer, choice, self.bench.state[layer.weight], solver=solver)
+        stored = self.bench.level(layer, choice, solver)
         count = math.prod(layer.shape)
         coded = stored.coded if isinstance(stored, Quantised) else None
         entry = weight_entry(layer.weight, layer.shape, choice, count - choice.zeros(count), coded)

@@ -208,6 +208,8 @@ class SolverController(OptunaController):
             rest = self._flipped(rest, draw)
         if self._limits_macs() and draw.random() < 0.5:
             keep = self._moved(keep, draw)
+            if self._budget.macs is not None and self._space.graph.macs(self._keep_policy(keep)) > self._budget.macs:
+                return None  # before its layers are solved
         instance, fixed = self._instance(keep)
         levels = np.array(parent.levels)
         changed = draw.choice(len(levels), size=min(len(levels), 1 + int(draw.integers(2))), replace=False)
