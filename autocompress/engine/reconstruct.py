@@ -134,27 +134,30 @@ def _fit(module: nn.Module, x: Tensor, wanted: Tensor, normed: bool) -> Fitted:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
     assert bias is None or isinstance(bias, Tensor)
-    h = damped((x @ x.transpose(1, 2)).double())
+    seen = (x @ x.transpose(1, 2)).double()  # (groups, d, d)
     rows = weight.detach().float().cpu().reshape(len(x), -1, x.shape[1])  # (groups, out / groups, d)
     gap = wanted.reshape(len(x), -1, x.shape[2]) - rows @ x
-    step = _step(x, gap, affine=normed or bias is not None)
+    step = _step(x, gap, seen, affine=normed or bias is not None)
     if bool(torch.isfinite(step).all()):
         weight.detach().copy_((rows + step).reshape(weight.shape))
         if bias is not None:
             bias.detach().add_((gap - step @ x).mean(dim=2).flatten().to(bias.device, bias.dtype))
     kept = None if bias is None else bias.detach().cpu().clone()
-    return Fitted(weight.detach().cpu().clone(), h.float(), kept)
+    return Fitted(weight.detach().cpu().clone(), damped(seen).float(), kept)
 
 
-def _step(x: Tensor, gap: Tensor, *, affine: bool) -> Tensor:
+def _step(x: Tensor, gap: Tensor, seen: Tensor, *, affine: bool) -> Tensor:
     """Change (groups, out / groups, d) of the rows that takes most of `gap` away; with a free offset if `affine`.
 
-    Damped, so that directions that the inputs (groups, d, n) hardly have keep the weight's fit to the dense inputs.
+    `seen` is the sum of x x^T over the inputs `x` (groups, d, n). Damped, so that directions that they hardly have keep
+    what the weight was fitted to before.
     """
+    along = (x @ gap.transpose(1, 2)).double()  # (groups, d, out / groups)
     if affine:
-        x, gap = x - x.mean(dim=2, keepdim=True), gap - gap.mean(dim=2, keepdim=True)
-    products = damped((x @ x.transpose(1, 2)).double())
-    step: Tensor = torch.linalg.solve(products, (x @ gap.transpose(1, 2)).double())
+        total, missing = x.sum(dim=2, keepdim=True).double(), gap.sum(dim=2, keepdim=True).double()
+        seen = seen - total @ total.transpose(1, 2) / x.shape[2]
+        along = along - total @ missing.transpose(1, 2) / x.shape[2]
+    step: Tensor = torch.linalg.solve(damped(seen), along)
     return step.transpose(1, 2).float()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress import ClassificationTask, Evaluator, LayerChoice, Policy, Recovery, Workbench, compress
-from autocompress.engine import channels, database
+from autocompress.engine import NARROW_MODELS, channels, database
 from autocompress.engine.cache import Cache
 from autocompress.engine.channels import Reader, refit, removal_ranks
 from autocompress.engine.database import LayerDatabase
@@ -254,6 +255,45 @@ def test_fitted_readers_are_closer_to_the_teacher_and_the_greedy_choice_closer_s
     cut, fitted = (gap(judge.bench, narrow(judge.graph, solver=s, criterion="l1")) for s in ("nearest", "database"))
     assert fitted < 0.7 * cut
     assert gap(judge.bench, narrow(judge.graph)) < fitted
+
+
+def test_layers_that_make_up_for_those_before_them_are_closer_than_separate_fits(
+    judge: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, policy = judge.bench, narrow(judge.graph)
+    in_turn = gap(bench, policy)
+    monkeypatch.setattr(bench, "_narrow", OrderedDict())
+    monkeypatch.setattr(bench, "_layers", OrderedDict())
+    monkeypatch.setattr(bench.reconstruction, "fit", lambda *_: {})
+    assert in_turn < 0.9 * gap(bench, policy)
+
+
+def test_biases_follow_the_mean_of_what_was_removed(judge: Evaluator) -> None:
+    parent = judge.bench.one_shot(narrow(judge.graph))
+    assert not torch.equal(parent.state["head.bias"], judge.bench.state["head.bias"])
+    plain = judge.bench.one_shot(narrow(judge.graph, solver="nearest"))
+    assert torch.equal(plain.state["head.bias"], judge.bench.state["head.bias"])
+
+
+def test_few_narrow_models_stay_in_memory_and_the_others_come_out_alike(judge: Evaluator) -> None:
+    bench, group = judge.bench, judge.graph.prunable[1]
+    policies = [
+        Policy(keep={group.name: count / group.channels}, criterion="reconstruction", solver="database")
+        for count in range(2, group.channels)
+    ]
+    first = [bench.one_shot(policy).state for policy in policies]
+    assert len(bench._narrow) == NARROW_MODELS < len(policies)
+    for policy, state in zip(policies, first, strict=True):
+        again = bench.one_shot(policy).state
+        assert all(torch.equal(state[name], again[name]) for name in again)
+
+
+def test_nothing_is_fitted_to_weigh_a_model_without_codes(judge: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("fitted")
+
+    monkeypatch.setattr(judge.bench, "narrow", fail)
+    assert judge.predict(narrow(judge.graph, LayerChoice(16, 0.5))).bytes > 0
 
 
 def test_every_layer_that_lost_channels_comes_from_the_database(judge: Evaluator) -> None:
