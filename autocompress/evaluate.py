@@ -85,7 +85,7 @@ class Evaluator:
 
     def level(self, layer: Layer, choice: LayerChoice, solver: Solver) -> Level:
         """One layer's solution under `choice`: bytes of its section, and the share of its outputs' power it loses."""
-        stored = self.bench.stored(layer, choice, self.bench.state[layer.weight], solver=solver)
+        stored = self.bench.level(layer, choice, solver)
         size = self.target.level_bytes(layer, choice, stored)
         if solver == "database":
             return Level(choice, size, self.bench.database.error_of(layer, choice))

@@ -125,6 +125,7 @@ def test_passes_know_one_another_only_where_they_must() -> None:
         "database": {"cache", "channels", "compensate", "moments", "prune", "quantize"},
         "finetune": {"distill", "schedules", "quantize"},
         "recalibrate": {"quantize"},
+        "reconstruct": {"moments", "recalibrate"},
     }
     for module in of("autocompress.engine"):
         name = module.rpartition(".")[2]

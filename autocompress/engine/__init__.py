@@ -22,10 +22,8 @@ from autocompress.engine.cache import Cache
 from autocompress.engine.database import LayerDatabase, remembered_moments
 from autocompress.engine.finetune import Constraint, Hints, train
 from autocompress.engine.prune import (
-    WHOLE,
     Importance,
     Remaining,
-    Slice,
     magnitude_mask,
     remaining,
     slice_of,
@@ -33,6 +31,7 @@ from autocompress.engine.prune import (
 )
 from autocompress.engine.quantize import Grid, quantise
 from autocompress.engine.recalibrate import anchored, fold, norms, reestimate, statistics
+from autocompress.engine.reconstruct import INPUTS, Reconstruction
 from autocompress.graph import Graph, Group, Layer
 from autocompress.policy import LayerChoice, Policy, Solver
 from autocompress.stored import Quantised, Stored, StoredModel
@@ -44,8 +43,11 @@ CALIBRATION_INPUTS = 512
 REESTIMATION_INPUTS = 128
 """Enough, since the statistics are anchored to the dense model's."""
 DATABASE_INPUTS = 1024
+NARROW_MODELS = 3
+"""Models of certain widths that stay in memory, with the statistics of their layers."""
 _CACHE_BYTES = 512 * 2**20
 
+Widths = tuple[Any, ...]
 Progress = Callable[[int, int], None]
 
 
@@ -63,6 +65,20 @@ class Compressed:
 
 def _coded_lengths(tensors: StoredModel) -> dict[str, int]:
     return {name: t.coded for name, t in tensors.items() if isinstance(t, Quantised) and t.coded is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Narrow:
+    """The model with only some channels, in float: `kept` ones per group, what `stays` of each tensor, all tensors.
+
+    `layers` are those whose solutions come from `database`, as they are now, by the name of their weight.
+    """
+
+    kept: Mapping[str, Tensor]
+    stays: Remaining
+    state: Mapping[str, Tensor]
+    layers: Mapping[str, Layer]
+    database: LayerDatabase | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +113,7 @@ class Workbench:
         self._student = copy.deepcopy(self.teacher)
         self._deployed: dict[bool, nn.Module] = {}
         self._layers: OrderedDict[Any, tuple[Stored, int]] = OrderedDict()
+        self._narrow: OrderedDict[Widths, Narrow] = OrderedDict()
         self._steps: int | None = None
 
     def _calibration(self, inputs: int) -> list[Batch]:
@@ -172,19 +189,66 @@ class Workbench:
         layers = {layer.weight: layer for layer in self.graph.layers}
         return self.database.channel_ranks([(layers[m.tensor], m) for m in group.consumers])
 
+    @cached_property
+    def reconstruction(self) -> Reconstruction:
+        """The dense model's outputs, gathered on first use."""
+        return Reconstruction(self.teacher, self.graph, self._calibration(INPUTS), self.seed)
+
     def compensates(self, layer: Layer, solver: Solver) -> bool:
         """Whether this layer's solution comes from the database."""
         return solver == "database" and self.database.knows(layer)
 
-    def stored(
-        self, layer: Layer, choice: LayerChoice, weight: Tensor, part: Slice = WHOLE, solver: Solver = "nearest"
-    ) -> Stored:
-        """`weight`, of which only `part` stays, under `choice`; from the cache if it was seen before."""
-        key = (layer.name, choice, part, solver)
+    def narrow(self, policy: Policy) -> Narrow:
+        """The model with the policy's channels; with the database, what is left makes up for those that went.
+
+        The last few are remembered: fitting takes seconds, and levels of the same widths are asked for in turn.
+        """
+        kept = self.importance.kept(policy)
+        key = _widths(kept, policy)
+        if key not in self._narrow:
+            stays = remaining(self.graph, kept)
+            state = sliced(self.state, stays)
+            layers = {x.weight: x for x in self.graph.layers if self.compensates(x, policy.solver)}
+            base = self.database if layers else None
+            found = Narrow(kept, stays, state, layers, base)
+            self._narrow[key] = self._fitted(found, policy) if kept and layers else found
+            while len(self._narrow) > NARROW_MODELS:
+                self._narrow.popitem(last=False)
+        self._narrow.move_to_end(key)
+        return self._narrow[key]
+
+    def _fitted(self, cut: Narrow, policy: Policy) -> Narrow:
+        """`cut` with its layers fitted: each for itself to the dense inputs, then in turn to what they really see."""
+        state, h, layers = dict(cut.state), dict[str, Tensor](), dict[str, Layer]()
+        for weight, layer in cut.layers.items():
+            part = slice_of(weight, cut.stays)
+            layers[weight], state[weight], h[layer.name] = self.database.narrowed(layer, part)
+        renewed = policy.recovery.reestimate_bn
+        fitted = self.reconstruction.fit(
+            self.student(state),
+            {x.name: cut.stays[x.weight, 0] for x in layers.values() if (x.weight, 0) in cut.stays},
+            {x.name: renewed and x.batch_norm is not None for x in layers.values()},
+        )
+        for layer in layers.values():
+            if layer.name in fitted:
+                found = fitted[layer.name]
+                state[layer.weight], h[layer.name] = found.weight, found.h
+                if found.bias is not None:
+                    state[layer.bias] = found.bias
+        return Narrow(cut.kept, cut.stays, state, layers, self.database.beside(state, h))
+
+    def level(self, layer: Layer, choice: LayerChoice, solver: Solver) -> Stored:
+        """The layer under `choice` when all channels stay."""
+        return self._stored(self.narrow(Policy(solver=solver)), (solver,), layer, choice)
+
+    def _stored(self, model: Narrow, widths: Widths, layer: Layer, choice: LayerChoice) -> Stored:
+        """One weight of `model` under `choice`, from the cache if it was seen before with the same `widths`."""
+        key = (layer.name, choice, widths, layer.weight in model.layers)
         if key not in self._layers:
-            if self.compensates(layer, solver):
-                base, narrow = self.database.narrowed(layer, part)
-                stored = base.solve(narrow, choice)
+            weight = model.state[layer.weight]
+            narrow = model.layers.get(layer.weight)
+            if narrow is not None and model.database is not None and model.database.knows(narrow):
+                stored = model.database.solve(narrow, choice)
             else:
                 stored = quantise(weight, choice, magnitude_mask(weight, choice.zeros(weight.numel())))
             self._layers[key] = stored, weight.numel() * (2 if isinstance(stored, Quantised) else 5)
@@ -195,21 +259,25 @@ class Workbench:
 
     def one_shot(self, policy: Policy) -> OneShot:
         """Channels, zeros and bits of `policy`, from the cache as far as possible."""
-        kept = self.importance.kept(policy)
-        stays = remaining(self.graph, kept)
-        state = sliced(self.state, stays)
-        weights: dict[str, Stored] = {}
-        compensated = set()
-        for layer, choice in self.graph.choices(policy):
-            part = slice_of(layer.weight, stays)
-            weights[layer.weight] = self.stored(layer, choice, state[layer.weight], part, policy.solver)
-            if self.compensates(layer, policy.solver):
-                compensated.add(layer.weight)
-        return OneShot(kept, stays, state, weights, frozenset(compensated))
+        model = self.narrow(policy)
+        widths = _widths(model.kept, policy)
+        weights = {
+            layer.weight: self._stored(model, widths, layer, choice) for layer, choice in self.graph.choices(policy)
+        }
+        return OneShot(model.kept, model.stays, model.state, weights, frozenset(model.layers))
 
     def coded_lengths(self, policy: Policy) -> dict[str, int]:
         """`Compressed.coded_lengths` of the policy without its recovery training."""
+        if all(choice.bits >= 16 for _, choice in self.graph.choices(policy)):
+            return {}  # nothing has codes, so nothing needs to be solved
         return _coded_lengths(self.one_shot(policy).weights)
+
+
+def _widths(kept: Mapping[str, Tensor], policy: Policy) -> Widths:
+    """Stands for all that decides a narrower model before zeros and bits; norms only matter to what is fitted."""
+    if not kept:
+        return (policy.solver,)
+    return policy.solver, policy.recovery.reestimate_bn, *((name, *left.tolist()) for name, left in kept.items())
 
 
 def compress(bench: Workbench, policy: Policy, progress: Progress | None = None) -> Compressed:

@@ -25,7 +25,7 @@ from autocompress.engine.cache import Cache, digest
 from autocompress.engine.channels import Reader, refit, removal_ranks
 from autocompress.engine.compensate import Factor, factorise, ranked, refit_scale, removal_order, solve, times
 from autocompress.engine.moments import moments
-from autocompress.engine.prune import WHOLE, Slice, magnitude_mask
+from autocompress.engine.prune import Slice, magnitude_mask
 from autocompress.engine.quantize import Grid, fit_grid, quantise
 from autocompress.graph import Graph, Layer, Member, Shape
 from autocompress.policy import LayerChoice
@@ -34,8 +34,6 @@ from autocompress.task import Batch
 
 VERSION = 1
 """Raise when statistics, orders or solutions change, so that older ones on disk are not read."""
-NARROW_BYTES = 256 * 2**20
-"""Statistics and weights of layers that lost channels, which stay in memory for their other levels."""
 FACTOR_BYTES = 256 * 2**20
 """Factors of H that stay in memory for the next level of the same layers."""
 ROWWISE_BYTES = 16 * 2**20
@@ -195,7 +193,6 @@ class LayerDatabase:
         self._factors: OrderedDict[tuple[str, int], Factor] = OrderedDict()
         self._errors: dict[tuple[str, LayerChoice], float] = {}
         self._powers: dict[str, float] = {}
-        self._narrow: OrderedDict[tuple[str, Slice], tuple[LayerDatabase, Layer]] = OrderedDict()
 
     def knows(self, layer: Layer) -> bool:
         """Whether there are usable statistics for this layer."""
@@ -219,29 +216,17 @@ class LayerDatabase:
             self._write(key, {**entry, "error": torch.tensor([self._errors[layer.name, choice]], dtype=torch.float64)})
         return stored
 
-    def narrowed(self, layer: Layer, part: Slice) -> tuple[LayerDatabase, Layer]:
-        """The database and the layer to solve when only `part` of this one stays.
+    def narrowed(self, layer: Layer, part: Slice) -> tuple[Layer, Tensor, Tensor]:
+        """The layer, weight and statistics when only `part` of this one stays.
 
-        Its weight is fitted to the inputs that stay by least squares, and only then has zeros and codes. The layer must
-        have usable statistics.
+        The weight is fitted by least squares to the inputs that stay. The layer must have usable statistics.
         """
-        if part == WHOLE:
-            return self, layer
-        key = layer.name, part
-        if key not in self._narrow:
-            self._narrow[key] = self._narrowed(layer, part)
-            while sum(base.nbytes for base, _ in self._narrow.values()) > NARROW_BYTES and len(self._narrow) > 1:
-                self._narrow.popitem(last=False)
-        self._narrow.move_to_end(key)
-        return self._narrow[key]
-
-    def _narrowed(self, layer: Layer, part: Slice) -> tuple[LayerDatabase, Layer]:
         weight, h = self._state[layer.weight], self.statistics(layer)
         assert h is not None, "only layers that the database knows can be narrowed"
         if part.rows is not None:
             rows = torch.tensor(part.rows)
             weight = weight[rows]
-            h = h[rows] if len(h) == layer.shape[0] and layer.groups > 1 else h  # depthwise, or rows of an embedding
+            h = h[rows] if layer.groups > 1 else h  # depthwise: no other grouped layer loses channels
         if part.inputs is not None and h.ndim == 1:
             weight = weight[:, torch.tensor(part.inputs)]
         elif part.inputs is not None:
@@ -249,13 +234,12 @@ class LayerDatabase:
             fitted = refit(weight.flatten(1), h[0], kept)
             weight = fitted.to(weight.dtype).reshape(len(weight), len(part.inputs), *layer.shape[2:])
             h = h[:, kept][:, :, kept]
-        narrow = replace(layer, shape=tuple(weight.shape), groups=len(weight) if layer.groups > 1 else 1)
-        return LayerDatabase({layer.weight: weight}, {layer.name: h}, self._cache), narrow
+        groups = layer.groups if part.rows is None else len(h) if h.ndim == 3 else 1
+        return replace(layer, shape=tuple(weight.shape), groups=groups), weight, h
 
-    @property
-    def nbytes(self) -> int:
-        """Memory of all statistics and weights."""
-        return sum(v.numel() * v.element_size() for v in (*self._state.values(), *self._given.values()))
+    def beside(self, state: Mapping[str, Tensor], h: Mapping[str, Tensor]) -> LayerDatabase:
+        """A database of other tensors with the same folder."""
+        return LayerDatabase(state, h, self._cache)
 
     def channel_ranks(self, readers: Sequence[tuple[Layer, Member]]) -> Tensor:
         """Rank (channels,) of each channel of a group: the k of highest rank cost its `readers` least to be left with.

@@ -198,8 +198,6 @@ class Slice:
     inputs: tuple[int, ...] | None = None
 
 
-WHOLE = Slice()
-
 Remaining = Mapping[tuple[str, int], Tensor]
 """Indices that stay, ascending, by tensor and dimension; what is not named stays whole."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from autocompress import ClassificationTask, Evaluator, LayerChoice, Policy, Recovery, Workbench, compress
-from autocompress.engine import channels, database
+from autocompress.engine import NARROW_MODELS, channels, database
 from autocompress.engine.cache import Cache
 from autocompress.engine.channels import Reader, refit, removal_ranks
 from autocompress.engine.database import LayerDatabase
-from autocompress.engine.prune import Slice
+from autocompress.engine.prune import Slice, sliced
 from autocompress.graph import Graph, Layer, Member
 from autocompress.policy import Criterion, Solver
 from autocompress.task import divergence
@@ -114,25 +114,31 @@ def dense_error(dense: Tensor, found: Tensor, h: Tensor, kept: list[int]) -> flo
     return float(((gap @ h) * gap).sum())
 
 
+def narrowed(whole: LayerDatabase, layer: Layer, part: Slice) -> tuple[LayerDatabase, Layer]:
+    """The database of the part that stays."""
+    small, weight, h = whole.narrowed(layer, part)
+    return whole.beside({layer.weight: weight}, {layer.name: h}), small
+
+
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_a_narrowed_layer_is_solved_as_a_fresh_one_with_the_fitted_weight(choice: LayerChoice) -> None:
     layer, weight, x = Layer("a", "conv2d", (6, 4, 2, 1)), randn(6, 4, 2, 1), inputs(8)
     h = (x @ x.T).unsqueeze(0)
     rows, kept = [0, 2, 5], [2, 3, 6, 7]  # input channels 1 and 3 with two kernel positions each
-    base, narrow = LayerDatabase({"a.weight": weight}, {"a": h}).narrowed(layer, Slice((0, 2, 5), (1, 3)))
+    base, small = narrowed(LayerDatabase({"a.weight": weight}, {"a": h}), layer, Slice((0, 2, 5), (1, 3)))
     fitted = torch.from_numpy(best_fit(weight.flatten(1)[rows], x, kept)).float().reshape(3, 2, 2, 1)
     fresh = LayerDatabase({"a.weight": fitted}, {"a": h[:, kept][:, :, kept]})
-    assert narrow == Layer("a", "conv2d", (3, 2, 2, 1))
-    torch.testing.assert_close(base.solve(narrow, choice).dense(), fresh.solve(narrow, choice).dense())
+    assert small == Layer("a", "conv2d", (3, 2, 2, 1))
+    torch.testing.assert_close(base.solve(small, choice).dense(), fresh.solve(small, choice).dense())
 
 
 def test_solving_after_the_fit_loses_less_than_fitting_alone_or_solving_alone() -> None:
     layer, weight, x = Layer("a", "linear", (6, 16)), randn(6, 16), inputs(16)
     h, kept, choice = x @ x.T, list(range(0, 16, 2)), LayerChoice(3, 0.3)
     whole = LayerDatabase({"a.weight": weight}, {"a": h.unsqueeze(0)})
-    base, narrow = whole.narrowed(layer, Slice(None, tuple(kept)))
+    base, small = narrowed(whole, layer, Slice(None, tuple(kept)))
     sliced = LayerDatabase({"a.weight": weight[:, kept]}, {"a": h[kept][:, kept].unsqueeze(0)})
-    errors = [dense_error(weight, d.solve(narrow, choice).dense(), h, kept) for d in (base, sliced)]
+    errors = [dense_error(weight, d.solve(small, choice).dense(), h, kept) for d in (base, sliced)]
     assert errors[0] < 0.9 * errors[1]
 
 
@@ -140,36 +146,21 @@ def test_a_depthwise_layer_keeps_the_statistics_of_the_channels_that_stay() -> N
     layer, weight = Layer("a", "conv2d", (4, 1, 3, 1), groups=4), randn(4, 1, 3, 1)
     h = torch.stack([inputs(3, seed=s) @ inputs(3, seed=s).T for s in range(4)])
     whole = LayerDatabase({"a.weight": weight}, {"a": h})
-    base, narrow = whole.narrowed(layer, Slice((1, 3), None))
-    assert narrow == Layer("a", "conv2d", (2, 1, 3, 1), groups=2)
+    base, small = narrowed(whole, layer, Slice((1, 3), None))
+    assert small == Layer("a", "conv2d", (2, 1, 3, 1), groups=2)
     fresh = LayerDatabase({"a.weight": weight[[1, 3]]}, {"a": h[[1, 3]]})
     for choice in CHOICES:
-        torch.testing.assert_close(base.solve(narrow, choice).dense(), fresh.solve(narrow, choice).dense())
+        torch.testing.assert_close(base.solve(small, choice).dense(), fresh.solve(small, choice).dense())
 
 
 def test_an_embedding_loses_columns_and_keeps_its_frequencies() -> None:
     layer, weight, seen = Layer("a", "embedding", (5, 6)), randn(5, 6), torch.tensor([9.0, 1.0, 4.0, 1.0, 2.0])
-    base, narrow = LayerDatabase({"a.weight": weight}, {"a": seen}).narrowed(layer, Slice(None, (0, 4)))
-    assert narrow.shape == (5, 2)
-    assert torch.equal(base.solve(narrow, LayerChoice(32)).dense(), weight[:, [0, 4]])
+    base, small = narrowed(LayerDatabase({"a.weight": weight}, {"a": seen}), layer, Slice(None, (0, 4)))
+    assert small.shape == (5, 2)
+    assert torch.equal(base.solve(small, LayerChoice(32)).dense(), weight[:, [0, 4]])
     fresh = LayerDatabase({"a.weight": weight[:, [0, 4]]}, {"a": seen})
     choice = LayerChoice(4, 0.3)
-    assert torch.equal(base.solve(narrow, choice).dense(), fresh.solve(narrow, choice).dense())
-
-
-def test_few_narrowed_layers_stay_in_memory_and_the_others_come_out_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "NARROW_BYTES", 1)
-    x, layer = inputs(6), Layer("a", "linear", (3, 6))
-    whole = LayerDatabase({"a.weight": randn(3, 6)}, {"a": (x @ x.T).unsqueeze(0)})
-    parts = [Slice(None, tuple(pair)) for pair in itertools.combinations(range(6), 2)]
-
-    def solved(part: Slice) -> Tensor:
-        base, narrow = whole.narrowed(layer, part)
-        return base.solve(narrow, LayerChoice(3)).dense()
-
-    first = [solved(part) for part in parts]
-    assert len(whole._narrow) == 1
-    assert all(torch.equal(solved(part), value) for part, value in zip(parts, first, strict=True))
+    assert torch.equal(base.solve(small, choice).dense(), fresh.solve(small, choice).dense())
 
 
 def test_a_later_run_reads_narrowed_solutions_and_ranks_from_disk(
@@ -180,8 +171,8 @@ def test_a_later_run_reads_narrowed_solutions_and_ranks_from_disk(
 
     def run(folder: Path) -> tuple[Tensor, Tensor]:
         whole = LayerDatabase({"a.weight": randn(3, 6)}, {"a": (x @ x.T).unsqueeze(0)}, Cache(folder))
-        base, narrow = whole.narrowed(layer, Slice((0, 2), (1, 2, 5)))
-        return base.solve(narrow, LayerChoice(3)).dense(), whole.channel_ranks([(layer, member)])
+        base, small = narrowed(whole, layer, Slice((0, 2), (1, 2, 5)))
+        return base.solve(small, LayerChoice(3)).dense(), whole.channel_ranks([(layer, member)])
 
     first = run(tmp_path / "levels")
 
@@ -266,6 +257,45 @@ def test_fitted_readers_are_closer_to_the_teacher_and_the_greedy_choice_closer_s
     assert gap(judge.bench, narrow(judge.graph)) < fitted
 
 
+def test_layers_that_make_up_for_those_before_them_are_closer_than_separate_fits(
+    judge: Evaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, policy = judge.bench, narrow(judge.graph)
+    in_turn = gap(bench, policy)
+    monkeypatch.setattr(bench, "_narrow", OrderedDict())
+    monkeypatch.setattr(bench, "_layers", OrderedDict())
+    monkeypatch.setattr(bench.reconstruction, "fit", lambda *_: {})
+    assert in_turn < 0.9 * gap(bench, policy)
+
+
+def test_biases_follow_the_mean_of_what_was_removed(judge: Evaluator) -> None:
+    parent = judge.bench.one_shot(narrow(judge.graph))
+    assert not torch.equal(parent.state["head.bias"], judge.bench.state["head.bias"])
+    plain = judge.bench.one_shot(narrow(judge.graph, solver="nearest"))
+    assert torch.equal(plain.state["head.bias"], judge.bench.state["head.bias"])
+
+
+def test_few_narrow_models_stay_in_memory_and_the_others_come_out_alike(judge: Evaluator) -> None:
+    bench, group = judge.bench, judge.graph.prunable[1]
+    policies = [
+        Policy(keep={group.name: count / group.channels}, criterion="reconstruction", solver="database")
+        for count in range(2, group.channels)
+    ]
+    first = [bench.one_shot(policy).state for policy in policies]
+    assert len(bench._narrow) == NARROW_MODELS < len(policies)
+    for policy, state in zip(policies, first, strict=True):
+        again = bench.one_shot(policy).state
+        assert all(torch.equal(state[name], again[name]) for name in again)
+
+
+def test_nothing_is_fitted_to_weigh_a_model_without_codes(judge: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("fitted")
+
+    monkeypatch.setattr(judge.bench, "narrow", fail)
+    assert judge.predict(narrow(judge.graph, LayerChoice(16, 0.5))).bytes > 0
+
+
 def test_every_layer_that_lost_channels_comes_from_the_database(judge: Evaluator) -> None:
     parent = judge.bench.one_shot(narrow(judge.graph, LayerChoice(4, 0.3)))
     assert parent.compensated == {layer.weight for layer in judge.graph.layers}
@@ -301,7 +331,7 @@ def test_training_starts_from_the_fitted_weights(judge: Evaluator, monkeypatch: 
     parent = judge.bench.one_shot(policy)
     for layer in judge.graph.layers:
         assert torch.equal(started[layer.weight], parent.weights[layer.weight].dense())
-    assert not torch.equal(parent.weights["outer.weight"].dense(), parent.state["outer.weight"])
+    assert not torch.equal(started["outer.weight"], sliced(judge.bench.state, parent.stays)["outer.weight"])
 
 
 def test_a_group_is_ranked_by_all_that_read_it(judge: Evaluator) -> None:
