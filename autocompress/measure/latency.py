@@ -25,6 +25,7 @@ from torch import nn
 from autocompress.errors import LatencyError
 from autocompress.files import cache_folder
 from autocompress.measure.node_times import layer_times
+from autocompress.measure.timing import Latency, Traced
 from autocompress.runtime import feeds, session
 from autocompress.task import call, few, length
 
@@ -32,6 +33,8 @@ try:
     import resource
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
+
+__all__ = ["Latency", "LatencyMeter", "RuntimeMeter", "Traced", "alone"]
 
 RUNTIME = "torch-eager"
 WARM_UP = 3
@@ -45,43 +48,6 @@ DISTURBED = 1.15
 integer kernels less than float ones (1.3 against 1.5 times on ResNet-20), so that ratios do not cancel it."""
 
 Run = Callable[[], object]
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Median and quartiles over `samples` runs; `reference` is what the reference took meanwhile, in milliseconds."""
-
-    ms: float
-    low: float
-    high: float
-    samples: int
-    reference: float = 0.0
-
-    def decides(self, limit: float) -> bool:
-        """Whether the difference from `limit` milliseconds is larger than the spread on that side."""
-        return limit < self.low or limit > self.high
-
-    def doubt(self, limit: float) -> str:
-        """Why this measurement does not say on which side of `limit` the model is; empty if it does."""
-        if self.decides(limit):
-            return ""
-        return (
-            f"this machine is too noisy to decide: {self.ms:.4g} ms differs from {limit:.4g} ms by less than its "
-            f"spread of {self.low:.4g} to {self.high:.4g} ms (quartiles of {self.samples} runs). Measure on an idle "
-            "machine, or leave the budget some margin"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Traced:
-    """A file's latency, and the milliseconds of its layers by the runtime's own profile.
-
-    `layers` maps a node's number to the time from its start to the next numbered node's; -1 is what comes before the
-    first. Tracing slows every node by a few microseconds, so these rank and do not add up to the latency.
-    """
-
-    latency: Latency
-    layers: Mapping[int, float]
 
 
 class RuntimeMeter:

@@ -17,16 +17,14 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from autocompress.errors import LatencyError
 from autocompress.graph import Graph, Layer
+from autocompress.measure.timing import Latency, Traced, calmest
 from autocompress.policy import LayerChoice, Policy, Recovery
-
-if TYPE_CHECKING:
-    from autocompress.measure.latency import Latency, Traced
 
 VERSION = 1
 PRECISIONS = (32, 8)
@@ -438,9 +436,8 @@ class _Series:
 
     @property
     def anchor(self) -> float:
-        """Milliseconds of the dense file: of the third of its measurements during which the machine was fastest."""
-        calm = sorted(self.anchors, key=lambda latency: latency.reference)[: max(1, len(self.anchors) // 3)]
-        return median(latency.ms for latency in calm)
+        """Milliseconds of the dense file."""
+        return calmest(self.anchors).ms
 
     def measured(self) -> list[tuple[Policy, float]]:
         """Milliseconds of each policy."""
