@@ -124,7 +124,7 @@ class Graph:
     def check(self, policy: Policy) -> None:
         """Raise `PolicyError` if `policy` names a layer or group that is not here, or prunes a frozen group."""
         layers, groups = {layer.name for layer in self.layers}, {group.name: group for group in self.groups}
-        for name in policy.layers:
+        for name in (*policy.layers, *policy.floats):
             if name not in layers:
                 raise PolicyError(f"the policy names layer {name!r}, which this model does not have")
         for name, ratio in policy.keep.items():

@@ -119,7 +119,8 @@ class Policy:
     `keep` maps a coupling group to the share of its channels that stays; which ones is decided by `criterion`.
     `solver` says how zeros and codes are found: by magnitude and to the nearest grid point, or from the layer
     database, which compensates for what each layer's inputs show, removed channels included.
-    `activations` of 8 runs every layer whose weights are integers on integer kernels, which `.onnx` files can.
+    `activations` of 8 runs every layer whose weights are integers on integer kernels, which `.onnx` files can, but for
+    the layers named in `floats`.
     """
 
     layers: Mapping[str, LayerChoice] = field(default_factory=dict)
@@ -128,6 +129,7 @@ class Policy:
     recovery: Recovery = field(default_factory=Recovery)
     solver: Solver = "nearest"
     activations: int = 32
+    floats: tuple[str, ...] = ()
     _key: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -137,6 +139,7 @@ class Policy:
         _one_of("criterion", self.criterion, Criterion)
         _one_of("solver", self.solver, Solver)
         _require(self.activations in ACTIVATIONS, "activations", self.activations, f"one of {ACTIVATIONS}")
+        object.__setattr__(self, "floats", tuple(sorted(set(self.floats))) if self.activations == 8 else ())
         object.__setattr__(self, "layers", MappingProxyType(dict(sorted(self.layers.items()))))
         object.__setattr__(self, "keep", MappingProxyType(dict(sorted(self.keep.items()))))
 
@@ -154,7 +157,12 @@ class Policy:
             "criterion": self.criterion,
             "solver": self.solver,
             "recovery": asdict(self.recovery),
-        } | ({} if self.activations == 32 else {"activations": self.activations})
+        } | self._kernels()
+
+    def _kernels(self) -> dict[str, Any]:
+        """What integer kernels there are, if any."""
+        found: dict[str, Any] = {} if self.activations == 32 else {"activations": self.activations}
+        return found | ({"floats": list(self.floats)} if self.floats else {})
 
     @classmethod
     def from_json(cls, data: Any) -> Policy:
@@ -173,6 +181,9 @@ class Policy:
                 solver=top.get("solver", "nearest"),
                 recovery=Recovery(**_typed(Recovery, "policy.recovery", top.get("recovery", {}))),
                 activations=_as(int, "policy.activations", top.get("activations", 32)),
+                floats=tuple(
+                    _as(str, "policy.floats", name) for name in _as(list, "policy.floats", top.get("floats", []))
+                ),
             )
         except TypeError as error:
             raise PolicyError(f"policy: {error}") from None

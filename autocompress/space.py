@@ -217,6 +217,8 @@ class Space:
     def __init__(self, file: SpaceFile, graph: Graph, *, integers: bool = False) -> None:
         """`integers` says whether what ships can run on integer kernels; otherwise activations are floats."""
         self.file, self.graph = file, graph
+        self.floats: tuple[str, ...] = ()
+        """Layers that keep float kernels among integer ones: where that measures faster."""
         self.activations: tuple[int, ...] = tuple(dict.fromkeys(file.layers.activations)) if integers else (32,)
         self.bits = {layer.name: _worthwhile(layer, self._layer(layer.name, "bits")) for layer in graph.layers}
         self.sparsity = {
@@ -296,7 +298,8 @@ class Space:
         criterion = point.get("criterion", self.file.channels.criterion[0])
         solver = point.get("solver", self.file.layers.solver[0])
         width = point.get("activations", self.activations[0])
-        return Policy(layers, keep, criterion, self._recovery(point, epochs), solver, width)  # type: ignore[arg-type]
+        ways = criterion, self._recovery(point, epochs), solver, width, self.floats
+        return Policy(layers, keep, *ways)  # type: ignore[arg-type]
 
     def _recovery(self, point: Mapping[str, Value], epochs: int) -> Recovery:
         bn: dict[str, Any] = {
@@ -364,7 +367,7 @@ class Space:
             reestimate_bn=self.preferred("batch_norm/reestimate"), fold_bn=self.preferred("batch_norm/fold")
         )
         ways = self.preferred("criterion"), recovery, self.preferred("solver"), self.preferred("activations")
-        return Policy(layers, keep or {}, *ways)
+        return Policy(layers, keep or {}, *ways, self.floats)
 
     def uniform(self, bits: int = 32, sparsity: float = 0.0, keep: float = 1.0) -> Policy:
         """The same choice everywhere, or in each place the allowed one that is nearest to it."""

@@ -548,6 +548,7 @@ def search(
         for name in ("artifacts", "policies"):
             (folder / name).mkdir(exist_ok=True)
         times = _times_of(evaluator, choices, budget, journal, watch)
+        choices.floats = _floats_of(evaluator, choices, journal) if times is not None else ()
         _refuse_too_slow(choices, evaluator, budget, settings)
         profile = (
             _profile(evaluator, choices, budget, journal, _until(begun + timeout, watch)) if with_profile else None
@@ -629,6 +630,18 @@ def _times_of(
     assert target.table is not None
     journal.set_fact("latency_table", target.table.to_json())
     return target.predicted_ms
+
+
+def _floats_of(evaluator: Evaluator, space: Space, journal: Journal) -> tuple[str, ...]:
+    """Layers that keep float kernels in this run, found once."""
+    known = journal.fact("floats")
+    target = evaluator.target
+    if known is None:
+        known = ()
+        if 8 in space.activations and isinstance(target, OnnxTarget) and target.measures:
+            known = target.faster_as_floats(replace(space.uniform(bits=8), activations=8))
+        journal.set_fact("floats", list(known))
+    return tuple(known)
 
 
 def _predicted(evaluator: Evaluator, policy: Policy) -> Measurement | None:

@@ -37,6 +37,8 @@ RANGE_BATCHES = 2
 """Calibration batches over which activations' ranges are gathered."""
 FINAL_SAMPLES = 200
 """Runs of a file that is timed alone."""
+FASTER = 0.99
+"""A layer keeps float kernels if the network then takes no more than this share: noise decides nothing."""
 SLACK = 64
 """Bytes by which a predicted file may be too short: lengths of lengths, and longer names."""
 
@@ -204,6 +206,11 @@ class OnnxTarget:
 
     # --- times ---
 
+    @property
+    def measures(self) -> bool:
+        """Whether latencies are those of this machine, not of a table that was carried here."""
+        return self._place.table is None
+
     def use(self, table: LatencyTable) -> None:
         """Predict with `table` from now on."""
         self.table, self._predictor = table, Predictor(table, self._graph)
@@ -230,7 +237,26 @@ class OnnxTarget:
 
     def _candidate(self, compressed: Compressed, policy: Policy, model: nn.Module | None = None) -> Candidate:
         module = self._bench.realise(compressed) if model is None else model
-        return Candidate(compressed.tensors, module, self._graph.architecture(policy), policy.activations)
+        floats = frozenset(layer.weight for layer in self._graph.layers if layer.name in policy.floats)
+        return Candidate(compressed.tensors, module, self._graph.architecture(policy), policy.activations, floats)
+
+    def faster_as_floats(self, policy: Policy) -> tuple[str, ...]:
+        """Layers that make a network of integer kernels faster when they keep float ones, for these widths and bits.
+
+        Those of which the layer times say so, each kept only if the whole network measures faster.
+        """
+        assert self.table is not None
+        layers = {layer.weight: layer for layer in self._graph.layers}
+        names = [layers[weight].name for weight in self.exporter.computed]
+        base = self.predicted_ms(policy)
+        gains = {name: base - self.predicted_ms(replace(policy, floats=(name,))) for name in names}
+        found: tuple[str, ...] = ()
+        best = self.time(policy).ms
+        for name in sorted((name for name in names if gains[name] > 0), key=lambda name: -gains[name]):
+            ms = self.time(replace(policy, floats=(*found, name))).ms
+            if ms < FASTER * best:
+                found, best = (*found, name), ms
+        return tuple(sorted(found))
 
     def time(self, policy: Policy) -> Latency:
         """The latency of a policy whose tensors do not matter."""

@@ -239,13 +239,14 @@ class About:
 class Candidate:
     """A compressed network: its tensors, a module filled with them, and what stands for its tensors' shapes.
 
-    `activations` is 8 where layers with integer weights compute with integers, else 32.
+    `activations` is 8 where layers with integer weights compute with integers, but for the weights `floats`, else 32.
     """
 
     tensors: StoredModel
     model: nn.Module
     architecture: Hashable
     activations: int = 32
+    floats: frozenset[str] = frozenset()
 
 
 class Exporter:
@@ -324,7 +325,8 @@ class Exporter:
         """Weights that integer kernels compute with."""
         if candidate.activations == 32:
             return frozenset()
-        return frozenset(name for name in exported.skeleton.weights if fits_integers(candidate.tensors[name]))
+        computed = (name for name in exported.skeleton.weights if name not in candidate.floats)
+        return frozenset(name for name in computed if fits_integers(candidate.tensors[name]))
 
     def _measured(self, exported: Exported) -> Mapping[str, Range]:
         """Least and greatest value of every activation over the examples."""

@@ -254,7 +254,36 @@ def quantised(skeleton: Skeleton, ranges: Mapping[str, Range], integer: Iterable
             bias.output[0] = node.input[2] = f"{given}:grid"
             added.append(helper.make_node("B", [given, f"{source}:scale", data.input[1]], [*bias.input], domain=DOMAIN))
     graph.node.extend(added)
+    _pad_integers(proto)
     return Skeleton(proto, skeleton.places, skeleton.weights, chosen)
+
+
+def _pad_integers(proto: onnx.ModelProto) -> None:
+    """Constant padding of integers instead of floats: DQ -> Pad -> Q -> DQ becomes Pad -> DQ.
+
+    What is padded keeps its own scale, and the zero point is its zero.
+    """
+    graph = proto.graph
+    makers = {output: node for node in graph.node for output in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    for pad in [node for node in graph.node if node.op_type == "Pad"]:
+        before = makers.get(pad.input[0])
+        after = readers.get(pad.output[0], [])
+        constant = all(a.name != "mode" or a.s == b"constant" for a in pad.attribute)
+        plain = len(pad.input) == 2 or not pad.input[2]
+        if not (constant and plain and before is not None and before.op_type == "DequantizeLinear"):
+            continue
+        if [node.op_type for node in after] != ["QuantizeLinear"]:
+            continue
+        for last in readers.get(after[0].output[0], []):
+            last.input[0], last.input[1], last.input[2] = pad.output[0], before.input[1], before.input[2]
+        graph.node.remove(after[0])
+        pad.input[0] = before.input[0]
+        del pad.input[2:]
+        pad.input.append(before.input[2])
 
 
 def _with_scales(skeleton: Skeleton, ranges: Mapping[str, Range], integer: frozenset[str]) -> onnx.ModelProto:
