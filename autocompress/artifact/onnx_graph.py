@@ -246,6 +246,8 @@ def quantised(skeleton: Skeleton, ranges: Mapping[str, Range], integer: Iterable
         weight, data = makers[node.input[1]], makers[node.input[0]]
         del weight.input[2:]
         weight.input[0], weight.input[1] = f"{source}:codes", f"{source}:scale"
+        if node.op_type != "Conv":
+            added.extend(_zeros(weight, source))
         if len(node.input) > 2 and node.input[2] in makers:
             bias = makers[node.input[2]]
             given = bias.input[0].removesuffix("_quantized")
@@ -255,6 +257,15 @@ def quantised(skeleton: Skeleton, ranges: Mapping[str, Range], integer: Iterable
             added.append(helper.make_node("B", [given, f"{source}:scale", data.input[1]], [*bias.input], domain=DOMAIN))
     graph.node.extend(added)
     return Skeleton(proto, skeleton.places, skeleton.weights, chosen)
+
+
+def _zeros(weight: onnx.NodeProto, source: str) -> list[onnx.NodeProto]:
+    """A zero point for the weight's DequantizeLinear: without one, ONNX Runtime leaves a Gemm in floats."""
+    weight.input.append(f"{source}:zero")
+    return [
+        helper.make_node("Sub", [f"{source}:scale", f"{source}:scale"], [f"{source}:none"]),
+        helper.make_node("Cast", [f"{source}:none"], [f"{source}:zero"], to=TensorProto.INT8),
+    ]
 
 
 def _with_scales(skeleton: Skeleton, ranges: Mapping[str, Range], integer: frozenset[str]) -> onnx.ModelProto:
@@ -325,9 +336,8 @@ def _regroup(graph: onnx.GraphProto, weights: Mapping[str, Filling]) -> None:
 
 def shape_of(filling: Filling) -> tuple[int, ...]:
     """Shape of the tensor that takes the place."""
-    if isinstance(filling, Codes):
-        return filling.codes.shape
-    return filling.values.shape if isinstance(filling, Halves) else filling.shape
+    values = filling.codes if isinstance(filling, Codes) else filling.values if isinstance(filling, Halves) else filling
+    return tuple(values.shape)
 
 
 def cost(filling: Filling, *, integer: bool) -> tuple[int, frozenset[str]]:
