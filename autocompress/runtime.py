@@ -69,8 +69,12 @@ class RuntimeModel(nn.Module):
         return self.buffers(recurse)
 
     def forward(self, *positional: Any, **named: Any) -> Any:
-        """Outputs as the module's, on the CPU."""
-        found = self.session.run(None, feeds(self.session, (positional, named)))
+        """Outputs as the module's, on the CPU. Raises `ExportError` where the runtime cannot compute them."""
+        given = feeds(self.session, (positional, named))
+        try:
+            found = self.session.run(None, given)
+        except Exception as error:  # the runtime has its own hierarchy, not all of it public
+            raise ExportError(f"ONNX Runtime {version()} cannot run the model: {error}") from error
         values = [torch.from_numpy(np.asarray(value)) for value in found]
         if self._outputs is not None:
             return pytree.tree_unflatten(values, self._outputs)

@@ -339,6 +339,7 @@ def filled(skeleton: Skeleton, fillings: Mapping[str, Filling], about: Mapping[s
     del graph.initializer[:], graph.node[:], graph.value_info[:], proto.metadata_props[:]
     graph.initializer.extend(tensor for tensor in [*rest, *parts.tensors] if tensor.name in used)
     graph.node.extend(_sorted(nodes))
+    _regroup(graph, {node: fillings[name] for name, node in skeleton.weights.items() if name in fillings})
     called = {node.op_type for node in graph.node if node.domain == DOMAIN}
     del proto.functions[:], proto.opset_import[:]
     proto.functions.extend(function for name, function in _FUNCTIONS.items() if name in called)
@@ -347,6 +348,22 @@ def filled(skeleton: Skeleton, fillings: Mapping[str, Filling], about: Mapping[s
         proto.metadata_props.add(key=key, value=value)
     _compact(proto, {node: str(i) for i, node in enumerate(skeleton.weights.values())})
     return proto
+
+
+def _regroup(graph: onnx.GraphProto, weights: Mapping[str, Filling]) -> None:
+    """Give depthwise convolutions that lost channels as many groups as their weight, by the node's name, has rows."""
+    for node in graph.node:
+        if node.op_type == "Conv" and node.name in weights:
+            rows, columns = shape_of(weights[node.name])[:2]
+            for attribute in node.attribute:
+                if attribute.name == "group" and columns == 1 and rows < attribute.i:
+                    attribute.i = rows
+
+
+def shape_of(filling: Filling) -> tuple[int, ...]:
+    """Shape of the tensor that takes the place."""
+    values = filling.codes if isinstance(filling, Codes) else filling.values if isinstance(filling, Halves) else filling
+    return tuple(values.shape)
 
 
 def cost(filling: Filling, *, integer: bool) -> tuple[int, frozenset[str]]:
