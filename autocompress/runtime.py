@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +48,48 @@ def session(content: bytes, threads: int = 1, trace: Path | None = None) -> onnx
 
 
 def feeds(ran: onnxruntime.InferenceSession, inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """What a session is run with, for inputs as a module takes them: tensors in their order."""
-    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    """What a session is run with, for inputs as a module takes them: tensors by their names, or in their order."""
     ports = ran.get_inputs()
+    if isinstance(inputs, Mapping) and set(inputs) == {port.name for port in ports}:
+        inputs = {port.name: inputs[port.name] for port in ports}
+    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if len(ports) != len(leaves):
         raise ExportError(f"the exported model reads {len(ports)} tensors and is given {len(leaves)}")
     return {port.name: leaf.detach().cpu().contiguous().numpy() for port, leaf in zip(ports, leaves, strict=True)}
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """The structure of what a module returns: tensors, and what else is in it, which is always the same."""
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    """`Tensor` where one stands."""
+
+    @classmethod
+    def of(cls, value: Any) -> Outputs:
+        """Of what a module returned. Raises `ExportError` for objects that a file cannot bring back."""
+        leaves, spec = pytree.tree_flatten(value)
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor | int | float | str | None):
+                raise ExportError(
+                    f"the model returns a {type(leaf).__name__}, which ONNX does not know: let it return tensors, or "
+                    "tuples, lists or dicts of them, or take the packed artifact, which needs no export"
+                )
+        return cls(spec, tuple(Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+
+    def filled(self, values: list[Tensor]) -> Any:
+        """The structure with these tensors. Raises `ExportError` if there are more or fewer than it has places."""
+        if len(values) != sum(leaf is Tensor for leaf in self.leaves):
+            raise ExportError(f"the exported model returns {len(values)} tensors, and the model another number")
+        given = iter(values)
+        return pytree.tree_unflatten([next(given) if leaf is Tensor else leaf for leaf in self.leaves], self.spec)
+
+
 class RuntimeModel(nn.Module):
     """A session in the place of the module that it was exported from."""
 
-    def __init__(self, ran: onnxruntime.InferenceSession, outputs: pytree.TreeSpec | None = None) -> None:
+    def __init__(self, ran: onnxruntime.InferenceSession, outputs: Outputs | None = None) -> None:
         """`outputs` is the structure of what the module returns; without it a lone tensor or a tuple."""
         super().__init__()
         self.session, self._outputs = ran, outputs
@@ -69,15 +101,15 @@ class RuntimeModel(nn.Module):
         return self.buffers(recurse)
 
     def forward(self, *positional: Any, **named: Any) -> Any:
-        """Outputs as the module's, on the CPU. Raises `ExportError` where the runtime cannot compute them."""
-        given = feeds(self.session, (positional, named))
+        """Outputs as the module's, on the CPU. Raises `ExportError` if the runtime stops."""
+        given = feeds(self.session, (positional, named) if positional else named)
         try:
             found = self.session.run(None, given)
         except Exception as error:  # the runtime has its own hierarchy, not all of it public
-            raise ExportError(f"ONNX Runtime {version()} cannot run the model: {error}") from error
+            raise ExportError(f"ONNX Runtime {version()} does not run the model: {error}") from error
         values = [torch.from_numpy(np.asarray(value)) for value in found]
         if self._outputs is not None:
-            return pytree.tree_unflatten(values, self._outputs)
+            return self._outputs.filled(values)
         return values[0] if len(values) == 1 else tuple(values)
 
 

@@ -23,13 +23,14 @@ from autocompress.artifact.layout import Header, file_bytes, weight_entry
 from autocompress.artifact.onnx import About, Candidate, Exporter, filling
 from autocompress.artifact.onnx_graph import Filling, Halves, cost, functions_bytes
 from autocompress.engine import Compressed, Workbench, compress
+from autocompress.errors import ArtifactError, ExportError
 from autocompress.graph import Layer, Shape
 from autocompress.measure.latency import RUNTIME, Latency, LatencyMeter, RuntimeMeter, alone
 from autocompress.measure.latency_table import LatencyTable, Model, Predictor, build
 from autocompress.measure.size import Size
 from autocompress.policy import LayerChoice, Policy, Recovery
 from autocompress.stored import Quantised, Stored
-from autocompress.task import few
+from autocompress.task import call, few, tensors
 from autocompress.trial import Measurement
 
 FORMATS = ("packed", "onnx")
@@ -324,8 +325,18 @@ class OnnxTarget:
 
     def reload(self, path: Path) -> Reloaded:
         notes, content = About.read(path)
-        ran = self.exporter.module(runtime.session(content, torch.get_num_threads()))
-        return Reloaded(len(content), notes.quality, ran)
+        inputs = few(self._bench.teacher, self._bench.example.inputs, 2)
+        try:
+            model = self.exporter.module(runtime.session(content, torch.get_num_threads()))
+            fits = _shapes(model, inputs) == _shapes(self._bench.teacher, inputs)
+        except ExportError:
+            fits = False
+        if not fits:
+            raise ArtifactError(
+                f"{path} and the model of task {self._task.name!r} do not belong together, or the file is damaged: it "
+                f"was made for task {notes.task!r}"
+            )
+        return Reloaded(len(content), notes.quality, model)
 
     def retime(self, path: Path) -> Latency:
         with alone():
@@ -340,6 +351,11 @@ class OnnxTarget:
             "threads": place.threads,
             "batch": place.batch,
         }
+
+
+def _shapes(model: nn.Module, inputs: Any) -> list[Shape]:
+    with torch.no_grad():
+        return [tuple(value.shape) for value in tensors(call(model, inputs))]
 
 
 def _cost(choice: LayerChoice | None, dtype: str, shape: Shape, integer: bool) -> tuple[int, frozenset[str]]:

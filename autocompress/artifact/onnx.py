@@ -5,13 +5,18 @@ Decides nothing: what is stored, and at which width, is what the engine made. `o
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import inspect
 import json
 import logging
 import math
 import struct
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import weakref
+import zlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -40,26 +45,31 @@ from autocompress.artifact.onnx_graph import (
 )
 from autocompress.errors import ArtifactError, ExportError
 from autocompress.graph import Layer
-from autocompress.runtime import RuntimeModel, feeds, session
+from autocompress.runtime import Outputs, RuntimeModel, feeds, session
 from autocompress.stored import Full, Half, Quantised, Raw, Stored, StoredModel, to_half
-from autocompress.task import arguments, call, few, tensors
+from autocompress.task import arguments, call, few, length, tensors
 
 MAX_EXPONENT = 100
 """Halves with a larger power of two are stored as floats: single precision, in which they are scaled, ends there."""
 MASK_BYTES = 64
 """A mask must save at least as much as the nodes that apply it take."""
-
-
 TOLERANCE = 1e-3
 """Largest difference of any output from the model's, relative to the largest output, with float kernels."""
+REMEMBERED = 8
+"""Skeletons with integer kernels that are kept for the next candidate with integers in the same places."""
 
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """A network's skeleton, and the structure of what it returns."""
+    """A network's skeleton, which holds the model's own tensors, and the structure of what it returns.
+
+    `general` says whether it computes with whatever tensors it is filled with. Not so where the exporter computed with
+    their values, as with the weights of an LSTM: then it stands for the exported model only.
+    """
 
     skeleton: Skeleton
-    outputs: pytree.TreeSpec
+    outputs: Outputs
+    general: bool
 
 
 def export(model: nn.Module, inputs: Any, weights: Iterable[str]) -> Exported:
@@ -69,27 +79,60 @@ def export(model: nn.Module, inputs: Any, weights: Iterable[str]) -> Exported:
     `ExportError`, which names the operator, for a model that ONNX cannot express.
     """
     model = model.eval()
-    positional, named = arguments(inputs)
     with torch.no_grad():
-        _, outputs = pytree.tree_flatten(model(*positional, **named))
-    proto = _program(model, positional, named)
-    places = _places(proto, model)
+        outputs = Outputs.of(call(model, inputs))
+    proto, places = _program(_distinct(model), inputs, model)
+    general = _same(proto, outputs, model, inputs)
+    if not general:
+        proto, places = _program(model, inputs, model)
+    return Exported(Skeleton(proto, places, _computed(proto, places, weights)), outputs, general)
+
+
+def _computed(proto: onnx.ModelProto, places: Mapping[str, Place], weights: Iterable[str]) -> dict[str, str]:
+    """Weights that integer kernels may compute with, and the names of the nodes that do."""
     readers = {name: node for node in proto.graph.node for name in node.input[1:2]}
-    computed = {}
-    for name in weights:
-        node = readers.get(places[name].name) if name in places else None
-        if node is not None and node.op_type in INTEGER_OPS:
-            computed[name] = node.name
-    return Exported(Skeleton(proto, places, computed), outputs)
+    found = {name: readers.get(places[name].name) for name in weights if name in places}
+    return {name: node.name for name, node in found.items() if node is not None and node.op_type in INTEGER_OPS}
 
 
-def _program(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> onnx.ModelProto:
-    shapes = _free_batch(model, positional, named)
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+def _distinct(model: nn.Module) -> nn.Module:
+    """A copy in which no two tensors are equal, as the exporter would make them one, and all differ from `model`'s."""
+    draw = torch.Generator().manual_seed(0)
+    model = copy.deepcopy(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            noise = torch.rand((2, *tensor.shape), generator=draw).to(tensor)
+            tensor.data = tensor.data * (1 + noise[0] / 4) + noise[1] / 8
+    return model
+
+
+def _same(proto: onnx.ModelProto, outputs: Outputs, model: nn.Module, inputs: Any) -> bool:
     try:
-        logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        found = RuntimeModel(session(proto.SerializeToString()), outputs)
+        return differences(found, model, inputs) <= TOLERANCE
+    except ExportError:
+        return False
+
+
+def _program(exported: nn.Module, inputs: Any, model: nn.Module) -> tuple[onnx.ModelProto, dict[str, Place]]:
+    """The graph of `exported` with the tensors of `model` in it, and where they are."""
+    proto = _translated(exported, *arguments(inputs))
+    places = _places(proto, exported)
+    _tie(proto, places, exported)
+    tensors_of = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for name, value in model.state_dict().items():
+        if name in places and places[name].name in tensors_of:
+            place, values = places[name], value.detach().cpu().numpy()
+            whole = np.ascontiguousarray(values.T if place.transposed else values)
+            tensors_of[place.name].CopyFrom(numpy_helper.from_array(whole, place.name))
+    return proto, places
+
+
+def _translated(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> onnx.ModelProto:
+    shapes = _free_batch(model, positional, named)
+    try:
+        logging.disable(logging.CRITICAL)  # what stops it is raised, and the rest is advice to its developers
+        with warnings.catch_warnings(), _tensors_alone(model):
             warnings.simplefilter("ignore")  # of libraries about each other
             program = torch.onnx.export(
                 model,
@@ -107,16 +150,39 @@ def _program(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any
             "budget and take the packed artifact, which needs no export"
         ) from error
     finally:
-        logger.setLevel(level)
+        logging.disable(logging.NOTSET)
     assert program is not None
     return program.model_proto
 
 
+@contextlib.contextmanager
+def _tensors_alone(model: nn.Module) -> Iterator[None]:
+    """`model` returns a list of its tensors meanwhile: the exporter knows no numbers beside them."""
+    own = vars(model).get("forward")
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def listed(*positional: Any, **named: Any) -> list[Tensor]:
+        return [leaf for leaf in pytree.tree_leaves(forward(*positional, **named)) if isinstance(leaf, Tensor)]
+
+    model.forward = listed
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
 def _free_batch(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """A free first dimension for every tensor, by the names of the forward method's parameters."""
+    """A free first dimension for tensors as long as the batch, by the names of the forward method's parameters."""
     bound = inspect.signature(model.forward).bind(*positional, **named).arguments
-    batch = torch.export.Dim("batch")
-    return pytree.tree_map(lambda value: {0: batch} if isinstance(value, Tensor) and value.ndim else None, dict(bound))
+    batch, count = torch.export.Dim("batch"), length((positional, named))
+
+    def free(value: Any) -> Any:
+        return {0: batch} if isinstance(value, Tensor) and value.ndim and len(value) == count else None
+
+    return pytree.tree_map(free, dict(bound))
 
 
 def _reason(error: BaseException) -> str:
@@ -153,6 +219,22 @@ def _places(proto: onnx.ModelProto, model: nn.Module) -> dict[str, Place]:
             free.pop(other)
             break
     return found
+
+
+def _tie(proto: onnx.ModelProto, places: dict[str, Place], model: nn.Module) -> None:
+    """One initializer for each tensor that the state holds under several names: under the first, as files do."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, value in model.state_dict().items():
+        stored = first.setdefault((value.data_ptr(), value.shape), name) if value.numel() else name
+        alias = places.pop(name, None) if stored != name else None
+        if alias is None or places.setdefault(stored, alias) == alias:
+            continue
+        transposed = alias.transposed != places[stored].transposed
+        turn = {"op_type": "Transpose", "perm": [1, 0]} if transposed else {"op_type": "Identity"}
+        proto.graph.node.insert(0, onnx.helper.make_node(inputs=[places[stored].name], outputs=[alias.name], **turn))
+        kept = [tensor for tensor in proto.graph.initializer if tensor.name != alias.name]
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(kept)
 
 
 # --- fillings ---------------------------------------------------------------------------------------------
@@ -213,9 +295,16 @@ class About:
     key: str
     quality: float = math.nan
 
-    def to_json(self) -> str:
-        """Text whose length does not depend on the quality."""
-        return json.dumps([self.task, self.metric, self.key, struct.pack(">d", self.quality).hex()])
+    def sealed(self, body: bytes) -> bytes:
+        """The file: `body` is its graph. Its length does not depend on the quality."""
+        return body + self._seal(body)
+
+    def _seal(self, body: bytes) -> bytes:
+        """Metadata, which protobuf allows at the end, with a checksum of the file."""
+        fields = [self.task, self.metric, self.key, struct.pack(">d", self.quality).hex()]
+        check = f"{zlib.crc32(body + json.dumps(fields).encode()):08x}"
+        notes = onnx.StringStringEntryProto(key=DOMAIN, value=json.dumps([*fields, check]))
+        return bytes(onnx.ModelProto(metadata_props=[notes]).SerializeToString())
 
     @classmethod
     def read(cls, path: Path) -> tuple[About, bytes]:
@@ -225,11 +314,31 @@ class About:
         except OSError as error:
             raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
         try:
-            notes = {entry.key: entry.value for entry in onnx.load_from_string(content).metadata_props}
-            task, metric, key, quality = (str(text) for text in json.loads(notes[DOMAIN]))
-            return cls(task, metric, key, struct.unpack(">d", bytes.fromhex(quality))[0]), content
+            proto = onnx.load_from_string(content)
+            notes = {entry.key: entry.value for entry in proto.metadata_props}
+            task, metric, key, quality, _ = (str(text) for text in json.loads(notes[DOMAIN]))
+            about = cls(task, metric, key, struct.unpack(">d", bytes.fromhex(quality))[0])
         except (KeyError, TypeError, ValueError, RecursionError, struct.error, DecodeError):
             raise ArtifactError(f"{path} is not an ONNX file that autocompress wrote; export it again") from None
+        size = len(about._seal(b""))
+        if content[-size:] != about._seal(content[:-size]):
+            raise ArtifactError(f"{path} is damaged, or was changed since autocompress wrote it; export it again")
+        if any(isinstance(part, onnx.TensorProto) and _is_elsewhere(part) for part in _messages(proto)):
+            raise ArtifactError(f"{path} refers to data outside of it, which is not read; export it again")
+        return about, content
+
+
+def _is_elsewhere(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.external_data) or tensor.data_location == onnx.TensorProto.EXTERNAL
+
+
+def _messages(message: Message) -> Iterator[Message]:
+    """`message` and all that it is made of."""
+    yield message
+    for _, value in message.ListFields():
+        for part in [value] if isinstance(value, Message) else value if not isinstance(value, str | bytes) else ():
+            if isinstance(part, Message):
+                yield from _messages(part)
 
 
 # --- files of one network's versions ----------------------------------------------------------------------
@@ -261,8 +370,9 @@ class Exporter:
         self._examples = examples
         self._pair = few(dense.model, examples[0], 2)
         self._known: dict[Hashable, Exported] = {}
-        self._integer: dict[tuple[int, frozenset[str]], Skeleton] = {}
-        self._ranges: dict[int, Mapping[str, Range]] = {}
+        self._own: tuple[Candidate, Exported] | None = None
+        self._integer: weakref.WeakKeyDictionary[Exported, dict[frozenset[str], Skeleton]] = weakref.WeakKeyDictionary()
+        self._ranges: weakref.WeakKeyDictionary[Exported, Mapping[str, Range]] = weakref.WeakKeyDictionary()
         self._dense = export(dense.model, self._pair, self._weights)
         self._known[dense.architecture] = self._checked(self._dense, dense)
 
@@ -270,8 +380,7 @@ class Exporter:
         """The file of `candidate`. Raises `ExportError`."""
         exported = self._exported(candidate)
         skeleton = self._precise(exported, candidate)
-        notes = {DOMAIN: about.to_json()}
-        return bytes(filled(skeleton, fillings(candidate.tensors, skeleton.places), notes).SerializeToString())
+        return about.sealed(filled(skeleton, fillings(candidate.tensors, skeleton.places)).SerializeToString())
 
     def kernels(self, candidate: Candidate) -> Hashable:
         """Equal for candidates that run the same kernels on the same shapes, and so take the same time."""
@@ -288,18 +397,25 @@ class Exporter:
 
     def _exported(self, candidate: Candidate) -> Exported:
         """The dense model's export where the candidate's tensors fit into it, else one of its own."""
+        if not self._dense.general:
+            if self._own is None or self._own[0] is not candidate:
+                self._own = candidate, self._checked(self._fresh(candidate), candidate)
+            return self._own[1]
         if candidate.architecture not in self._known:
             try:
                 found = self._checked(self._dense, candidate)
             except ExportError:  # sizes that the exporter wrote into the graph
-                found = self._checked(export(candidate.model, self._pair, self._weights), candidate)
+                found = self._checked(self._fresh(candidate), candidate)
             self._known[candidate.architecture] = found
         return self._known[candidate.architecture]
+
+    def _fresh(self, candidate: Candidate) -> Exported:
+        return export(candidate.model, self._pair, self._weights)
 
     def _checked(self, exported: Exported, candidate: Candidate) -> Exported:
         """`exported` if it computes with these tensors what the module does."""
         skeleton = exported.skeleton
-        content = filled(skeleton, fillings(candidate.tensors, skeleton.places), {}).SerializeToString()
+        content = filled(skeleton, fillings(candidate.tensors, skeleton.places)).SerializeToString()
         found = differences(RuntimeModel(session(content), exported.outputs), candidate.model, self._pair)
         if not found <= TOLERANCE:
             raise ExportError(
@@ -313,12 +429,14 @@ class Exporter:
         chosen = self._chosen(exported, candidate)
         if not chosen:
             return exported.skeleton
-        key = id(exported), chosen
-        if key not in self._integer:
-            ranges = self._ranges.get(id(exported)) or self._measured(exported)
-            self._ranges[id(exported)] = ranges
-            self._integer[key] = quantised(exported.skeleton, ranges, chosen)
-        return self._integer[key]
+        known = self._integer.setdefault(exported, {})
+        if chosen not in known:
+            if exported not in self._ranges:
+                self._ranges[exported] = self._measured(exported)
+            while len(known) >= REMEMBERED:
+                known.pop(next(iter(known)))
+            known[chosen] = quantised(exported.skeleton, self._ranges[exported], chosen)
+        return known[chosen]
 
     @staticmethod
     def _chosen(exported: Exported, candidate: Candidate) -> frozenset[str]:

@@ -324,8 +324,8 @@ def _with_scales(skeleton: Skeleton, ranges: Mapping[str, Range], integer: froze
 # --- filling ----------------------------------------------------------------------------------------------
 
 
-def filled(skeleton: Skeleton, fillings: Mapping[str, Filling], about: Mapping[str, str]) -> onnx.ModelProto:
-    """The file's content: the skeleton with a filling for every place, `about` in its metadata, short names."""
+def filled(skeleton: Skeleton, fillings: Mapping[str, Filling]) -> onnx.ModelProto:
+    """The skeleton with a filling for every place, short names, and no metadata."""
     proto = onnx.ModelProto()
     proto.CopyFrom(skeleton.proto)
     graph = proto.graph
@@ -344,8 +344,6 @@ def filled(skeleton: Skeleton, fillings: Mapping[str, Filling], about: Mapping[s
     del proto.functions[:], proto.opset_import[:]
     proto.functions.extend(function for name, function in _FUNCTIONS.items() if name in called)
     proto.opset_import.extend([helper.make_opsetid("", OPSET), *([helper.make_opsetid(DOMAIN, 1)] if called else [])])
-    for key, value in about.items():
-        proto.metadata_props.add(key=key, value=value)
     _compact(proto, {node: str(i) for i, node in enumerate(skeleton.weights.values())})
     return proto
 
