@@ -5,7 +5,7 @@
 A ResNet-20 is all dense 3x3 convolutions. These stand for the other two cases that a runtime meets: convolutions split
 into depthwise and pointwise parts (MobileNet, arXiv 1704.04861, section 3.1), and matrix-vector products that wait for
 their weights. Each is trained on first use and kept in the user's cache folder. Ends with one JSON line. Knows nothing
-about compression.
+about compression. `CIFAR10=DIR autocompress search benchmarks/networks.py:depthwise` searches one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,6 +91,16 @@ def depthwise_task(data: Path) -> ClassificationTask:
 def mlp_task(data: Path) -> ClassificationTask:
     """The MLP; the first call trains it (about 4 minutes of one core)."""
     return _task(mlp, data, "cifar10-mlp", Recipe(epochs=8, peak=0.1))
+
+
+def depthwise() -> ClassificationTask:
+    """`depthwise_task` on the folder that the environment names."""
+    return depthwise_task(Path(os.environ["CIFAR10"]))
+
+
+def perceptron() -> ClassificationTask:
+    """`mlp_task` on the folder that the environment names."""
+    return mlp_task(Path(os.environ["CIFAR10"]))
 
 
 def _task(build: Callable[[], nn.Module], data: Path, name: str, recipe: Recipe) -> ClassificationTask:
