@@ -118,7 +118,8 @@ class Policy:
 
     `keep` maps a coupling group to the share of its channels that stays; which ones is decided by `criterion`.
     `solver` says how zeros and codes are found: by magnitude and to the nearest grid point, or from the layer
-    database, which compensates for what each layer's inputs show, removed channels included.
+    database, which compensates for what each layer's inputs show. With the database, what channel removal leaves is
+    fitted to the dense model first.
     `activations` of 8 runs every layer whose weights are integers on integer kernels, which `.onnx` files can, but for
     the layers named in `floats`.
     """

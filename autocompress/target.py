@@ -28,6 +28,7 @@ from autocompress.graph import Layer, Shape
 from autocompress.measure.latency import RUNTIME, Latency, LatencyMeter, RuntimeMeter, alone
 from autocompress.measure.latency_table import LatencyTable, Model, Predictor, build
 from autocompress.measure.size import Size
+from autocompress.measure.timing import calmest
 from autocompress.policy import LayerChoice, Policy, Recovery
 from autocompress.stored import Quantised, Stored
 from autocompress.task import call, few, tensors
@@ -36,8 +37,8 @@ from autocompress.trial import Measurement
 FORMATS = ("packed", "onnx")
 RANGE_BATCHES = 2
 """Calibration batches over which activations' ranges are gathered."""
-FINAL_SAMPLES = 200
-"""Runs of a file that is timed alone."""
+FINAL_SAMPLES, FINAL_ROUNDS = 200, 6
+"""Runs of a file that is timed alone, and into how many rounds they go, of which the calmest count."""
 FASTER = 0.99
 """A layer keeps float kernels if the network then takes no more than this share: noise decides nothing."""
 SLACK = 64
@@ -339,8 +340,9 @@ class OnnxTarget:
         return Reloaded(len(content), notes.quality, model)
 
     def retime(self, path: Path) -> Latency:
+        content = About.read(path)[1]
         with alone():
-            return self.meter(About.read(path)[1], FINAL_SAMPLES)
+            return calmest([self.meter(content, FINAL_SAMPLES // FINAL_ROUNDS) for _ in range(FINAL_ROUNDS)])
 
     def about(self) -> dict[str, Any]:
         place = self._place

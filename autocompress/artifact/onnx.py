@@ -55,6 +55,8 @@ MASK_BYTES = 64
 """A mask must save at least as much as the nodes that apply it take."""
 TOLERANCE = 1e-3
 """Largest difference of any output from the model's, relative to the largest output, with float kernels."""
+PAIR = 2
+"""Examples that a model is exported with: with one, the exporter would take it that there is never another."""
 REMEMBERED = 8
 """Skeletons with integer kernels that are kept for the next candidate with integers in the same places."""
 
@@ -152,7 +154,9 @@ def _translated(model: nn.Module, positional: tuple[Any, ...], named: dict[str, 
     finally:
         logging.disable(logging.NOTSET)
     assert program is not None
-    return program.model_proto
+    proto: onnx.ModelProto = program.model_proto
+    _check_batch(proto, length(positional or named))
+    return proto
 
 
 @contextlib.contextmanager
@@ -177,12 +181,22 @@ def _tensors_alone(model: nn.Module) -> Iterator[None]:
 def _free_batch(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
     """A free first dimension for tensors as long as the batch, by the names of the forward method's parameters."""
     bound = inspect.signature(model.forward).bind(*positional, **named).arguments
-    batch, count = torch.export.Dim("batch"), length((positional, named))
+    batch, count = torch.export.Dim("batch"), length(positional or named)
 
     def free(value: Any) -> Any:
         return {0: batch} if isinstance(value, Tensor) and value.ndim and len(value) == count else None
 
     return pytree.tree_map(free, dict(bound))
+
+
+def _check_batch(proto: onnx.ModelProto, count: int) -> None:
+    """Raise `ExportError` if the exporter fixed the batch size at `count`, which it does without a word."""
+    first = [port.type.tensor_type.shape.dim[:1] for port in proto.graph.input]
+    if count == PAIR and any(dim and dim[0].dim_value == count for dim in first):
+        raise ExportError(
+            "the model computes with its batch size as a plain number, which fixes it in the exported graph: write "
+            "x.shape[0] for len(x), and compare it with nothing; or take the packed artifact, which needs no export"
+        )
 
 
 def _reason(error: BaseException) -> str:
@@ -368,7 +382,7 @@ class Exporter:
         """`examples` are inputs of batches, augmented as in training. Raises `ExportError`."""
         self._weights = [layer.weight for layer in layers if layer.kind != "embedding"]
         self._examples = examples
-        self._pair = few(dense.model, examples[0], 2)
+        self._pair = few(dense.model, examples[0], PAIR)
         self._known: dict[Hashable, Exported] = {}
         self._own: tuple[Candidate, Exported] | None = None
         self._integer: weakref.WeakKeyDictionary[Exported, dict[frozenset[str], Skeleton]] = weakref.WeakKeyDictionary()
