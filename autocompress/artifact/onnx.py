@@ -55,6 +55,8 @@ MASK_BYTES = 64
 """A mask must save at least as much as the nodes that apply it take."""
 TOLERANCE = 1e-3
 """Largest difference of any output from the model's, relative to the largest output, with float kernels."""
+SILENT_EXPONENT = 10
+"""What stands for the scale of a weight that is all zero: on its grid a bias must be stored."""
 PAIR = 2
 """Examples that a model is exported with: with one, the exporter would take it that there is never another."""
 REMEMBERED = 8
@@ -286,6 +288,7 @@ def _codes(stored: Quantised) -> Filling:
         return stored.dense().numpy()
     scale = halves.numpy()
     silent = scale == 0  # such a row is zero, whatever its codes
+    exponent = SILENT_EXPONENT if bool(silent.all()) else exponent
     codes = np.where(silent.reshape(column), 0, stored.codes.numpy().astype(np.int16) - zero).astype(np.int16)
     low = -(zero[:1] if stored.symmetric else zero).astype(np.int8)
     mask = stored.mask
@@ -349,9 +352,9 @@ def _is_elsewhere(tensor: onnx.TensorProto) -> bool:
 def _messages(message: Message) -> Iterator[Message]:
     """`message` and all that it is made of."""
     yield message
-    for _, value in message.ListFields():
-        for part in [value] if isinstance(value, Message) else value if not isinstance(value, str | bytes) else ():
-            if isinstance(part, Message):
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if isinstance(value, Message) else value:
                 yield from _messages(part)
 
 

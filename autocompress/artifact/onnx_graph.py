@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -27,6 +27,8 @@ OPSET = 21
 DOMAIN = "autocompress"
 INTEGER_OPS = ("Conv", "Gemm", "MatMul")
 """What is computed with integers where its weight has a grid."""
+FAINT = 16
+"""Binary digits by which a row's grid may be finer than the coarsest, where kernels compute with integers."""
 FOLLOWERS = (
     "Add", "AveragePool", "Clip", "Concat", "Flatten", "GlobalAveragePool", "MaxPool", "Relu", "Reshape", "Resize",
     "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
@@ -200,7 +202,7 @@ def _function(name: str, inputs: str, outputs: str, nodes: list[onnx.NodeProto],
 def _functions() -> dict[str, onnx.FunctionProto]:
     """D: planes to int8. S: the same where a mask says which weights stay. H: halves to floats.
 
-    B: a bias to int32 on the grid of the products it is added to.
+    B: a bias to int32 on the grid of the products it is added to. Z: as many zeros int8 as there are scales.
     """
     scaled = [_given("unit", "value_float", "unit"), _node("Cast", "x", "f", to=TensorProto.FLOAT)]
     quantised = [
@@ -212,11 +214,13 @@ def _functions() -> dict[str, onnx.FunctionProto]:
         _node("Clip", "rounded least most", "clipped"),
         _node("Cast", "clipped", "q", to=TensorProto.INT32),
     ]
+    zeros = [_node("Sub", "ws ws", "none"), _node("Cast", "none", "z", to=TensorProto.INT8)]
     found = [
         _function("D", "p low", "w", [*_bits(), *_values(), *_dense()], "powers count shape"),
         _function("S", "p low m", "w", [*_bits(), *_values(), *_spread()], "powers count shape size"),
         _function("H", "x", "y", [*scaled, _node("Mul", "f unit", "y")], "unit"),
         _function("B", "b ws xs", "q s", quantised, ""),
+        _function("Z", "ws", "z", zeros, ""),
     ]
     return {function.name: function for function in found}
 
@@ -246,9 +250,9 @@ def quantised(skeleton: Skeleton, ranges: Mapping[str, Range], integer: Iterable
         weight, data = makers[node.input[1]], makers[node.input[0]]
         del weight.input[2:]
         weight.input[0], weight.input[1] = f"{source}:codes", f"{source}:scale"
-        if node.op_type != "Conv":  # the runtime takes the other kernels only where zero points are given
+        if node.op_type == "Gemm":  # whose integer kernel wants to see the zero points
             weight.input.append(f"{source}:zero")
-            added += _zeros(f"{source}:scale", f"{source}:zero")
+            added.append(helper.make_node("Z", [f"{source}:scale"], [f"{source}:zero"], domain=DOMAIN))
         if len(node.input) > 2 and node.input[2] in makers:
             bias = makers[node.input[2]]
             given = bias.input[0].removesuffix("_quantized")
@@ -256,14 +260,10 @@ def quantised(skeleton: Skeleton, ranges: Mapping[str, Range], integer: Iterable
             bias.input[0], bias.input[1] = f"{given}:codes", f"{given}:scale"
             bias.output[0] = node.input[2] = f"{given}:grid"
             added.append(helper.make_node("B", [given, f"{source}:scale", data.input[1]], [*bias.input], domain=DOMAIN))
-    graph.node.extend(added)
+    graph.node.extend([*added, *_dynamic(graph, skeleton)])
+    graph.node.extend(list(_fenced(graph, {skeleton.weights[name] for name in chosen})))
     _pad_integers(proto)
     return Skeleton(proto, skeleton.places, skeleton.weights, chosen)
-
-
-def _zeros(like: str, name: str) -> list[onnx.NodeProto]:
-    """As many zeros, int8, as `like` has values: nodes, since they take fewer bytes."""
-    return [_node("Sub", f"{like} {like}", f"{name}:f"), _node("Cast", f"{name}:f", name, to=TensorProto.INT8)]
 
 
 def _pad_integers(proto: onnx.ModelProto) -> None:
@@ -292,6 +292,33 @@ def _pad_integers(proto: onnx.ModelProto) -> None:
         pad.input[0] = before.input[0]
         del pad.input[2:]
         pad.input.append(before.input[2])
+
+
+def _dynamic(graph: onnx.GraphProto, skeleton: Skeleton) -> Iterator[onnx.NodeProto]:
+    """Integers of the other tensors that operators take, as the bias behind a MatMul: made when the file is loaded.
+
+    The quantiser took those that the model was exported with.
+    """
+    names = {f"{place.name}_quantized": place.name for place in skeleton.places.values()}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in names:
+            name = names.pop(node.input[0])
+            del node.input[:]
+            node.input.extend(f"{name}:{part}" for part in ("bytes", "step", "zero"))
+            yield helper.make_node("DynamicQuantizeLinear", [name], [*node.input])
+
+
+def _fenced(graph: onnx.GraphProto, integer: set[str]) -> Iterator[onnx.NodeProto]:
+    """The maximum of a single tensor, which is the tensor, before float kernels among integer ones.
+
+    ONNX Runtime makes a Conv or Gemm with floats between integers one with integers, of a single scale for the weight.
+    """
+    makers = {output: node.op_type for node in graph.node for output in node.output}
+    for i, node in enumerate(graph.node):
+        floats = node.op_type in ("Conv", "ConvTranspose", "Gemm") and node.name not in integer
+        if floats and makers.get(node.input[0]) == "DequantizeLinear":
+            given, node.input[0] = node.input[0], f"fenced:{i}"
+            yield helper.make_node("Max", [given], [node.input[0]])
 
 
 def _with_scales(skeleton: Skeleton, ranges: Mapping[str, Range], integer: frozenset[str]) -> onnx.ModelProto:
@@ -395,7 +422,7 @@ class _Parts:
             self._codes(f"{codes}:t" if place.transposed else codes, filling)
             if place.transposed:
                 self._call("Transpose", [f"{codes}:t"], codes, domain="", perm=[1, 0])
-            self._halves(scale, Halves(filling.scale, filling.unit))
+            self._halves(scale, Halves(_even(filling.scale) if integer else filling.scale, filling.unit))
             if not integer:
                 self._floats(place, codes, scale, filling.codes.ndim)
         elif isinstance(filling, Halves):
@@ -436,6 +463,18 @@ class _Parts:
 
     def _call(self, op: str, inputs: Sequence[str], output: str, *, domain: str = DOMAIN, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(op, inputs, [output], domain=domain, **attributes))
+
+
+def _even(scale: Array) -> Array:
+    """Scales float16 (out,) without very fine ones.
+
+    A bias is stored on the grid of its row's products, and in 32 bits of a very fine one a usual bias has no place.
+    What that adds to such a row's outputs is less than the rounding of the outputs, whose grid all rows share.
+    """
+    size = np.abs(scale)
+    least = size.max(initial=0) * np.float16(2.0**-FAINT)
+    found: Array = np.where(size < least, np.copysign(least, scale), scale)
+    return found
 
 
 def _sorted(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
