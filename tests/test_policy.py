@@ -120,7 +120,9 @@ def test_a_policy_names_the_group_of_a_wrong_ratio(ratio: float) -> None:
 
 
 def test_a_policy_names_the_allowed_criteria() -> None:
-    with pytest.raises(PolicyError, match=r"^criterion is 'random'; it must be one of l1, l2, taylor, entropy, gini$"):
+    with pytest.raises(
+        PolicyError, match=r"^criterion is 'random'; it must be one of l1, l2, taylor, entropy, gini, reconstruction$"
+    ):
         Policy(criterion="random")  # type: ignore[arg-type]
 
 
