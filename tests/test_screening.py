@@ -207,8 +207,8 @@ def test_budget_of_time_adds_the_channel_groups_to_a_known_profile(watched: Worl
     watched.search(controller="solver", epochs=0)
     before = Watched.asked
     watched.search(folder=tmp_path / "timed", controller="solver", epochs=0, budgets=("1.5kB", "1.5ms"))
-    assert Watched.asked == before + 2
-    assert summary(Run.read(tmp_path / "timed"))["profile"]["evaluations"] == before + 2
+    assert Watched.asked == before + 4  # two groups, each at its two widths below the whole one
+    assert summary(Run.read(tmp_path / "timed"))["profile"]["evaluations"] == before + 4
 
 
 def test_damaged_profile_is_measured_again(watched: World, tmp_path: Path) -> None:
