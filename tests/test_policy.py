@@ -282,7 +282,10 @@ def test_plain_data_is_a_copy() -> None:
         ([], "policy must be an object"),
         ("{}", "policy must be an object"),
         ({1: 2}, "policy must be an object with named members"),
-        ({"layer": {}}, "policy has unknown member 'layer'; allowed: activations, criterion, floats, keep, layers, recovery"),
+        (
+            {"layer": {}},
+            "policy has unknown member 'layer'; allowed: activations, criterion, floats, keep, layers, recovery",
+        ),
         ({"layers": []}, "policy.layers must be an object"),
         ({"layers": None}, "policy.layers must be an object"),
         ({"layers": {"a": 4}}, "policy.layers.a must be an object"),
