@@ -361,8 +361,13 @@ def _regroup(graph: onnx.GraphProto, skeleton: Skeleton, fillings: Mapping[str, 
         filling, place = fillings.get(name), skeleton.places[name].name
         for attribute in nodes[node].attribute:
             if attribute.name == "group" and attribute.i > 1 and filling is not None and place in before:
-                rows = len(filling.codes if isinstance(filling, Codes) else getattr(filling, "values", filling))
-                attribute.i = attribute.i * rows // before[place][0]
+                attribute.i = attribute.i * _rows(filling) // before[place][0]
+
+
+def _rows(filling: Filling) -> int:
+    if isinstance(filling, Codes):
+        return len(filling.codes)
+    return len(filling.values if isinstance(filling, Halves) else filling)
 
 
 def cost(filling: Filling, *, integer: bool, names: int = LONG) -> tuple[int, frozenset[str]]:
