@@ -36,7 +36,7 @@ def session(content: bytes, threads: int = 1, trace: Path | None = None) -> onnx
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if trace is not None:
         options.enable_profiling = True

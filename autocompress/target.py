@@ -21,9 +21,9 @@ from autocompress import runtime
 from autocompress.artifact import packed
 from autocompress.artifact.layout import Header, file_bytes, weight_entry
 from autocompress.artifact.onnx import About, Candidate, Exporter, filling
-from autocompress.artifact.onnx_graph import Filling, Halves, cost, functions_bytes
+from autocompress.artifact.onnx_graph import LONG, LONGEST, Filling, Halves, cost, functions_bytes
 from autocompress.engine import Compressed, Workbench, compress
-from autocompress.errors import ArtifactError, ExportError
+from autocompress.errors import ArtifactError, ExportError, LatencyError
 from autocompress.graph import Layer, Shape
 from autocompress.measure.latency import RUNTIME, Latency, LatencyMeter, RuntimeMeter, alone
 from autocompress.measure.latency_table import LatencyTable, Model, Predictor, build
@@ -31,7 +31,7 @@ from autocompress.measure.size import Size
 from autocompress.measure.timing import calmest
 from autocompress.policy import LayerChoice, Policy, Recovery
 from autocompress.stored import Quantised, Stored
-from autocompress.task import call, few, tensors
+from autocompress.task import call, few, length, tensors
 from autocompress.trial import Measurement
 
 FORMATS = ("packed", "onnx")
@@ -42,7 +42,9 @@ FINAL_SAMPLES, FINAL_ROUNDS = 200, 6
 FASTER = 0.99
 """A layer keeps float kernels if the network then takes no more than this share: noise decides nothing."""
 SLACK = 64
-"""Bytes by which a predicted file may be too short: lengths of lengths, and longer names."""
+"""Bytes by which a predicted file may be too short: lengths of lengths."""
+MANY = 200
+"""Tensors of a model from which on its graph may need names of three letters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,11 @@ class OnnxTarget:
         examples = [batch.inputs for batch in bench.calibration[:RANGE_BATCHES]]
         self.exporter = Exporter(self._graph.layers, dense, examples)
         inputs = few(bench.teacher, bench.example.inputs, self._place.batch)
+        if length(inputs) < self._place.batch:
+            raise LatencyError(
+                f"--batch {self._place.batch} is more than the {length(inputs)} inputs of the task's batches: give "
+                "less, or let the task make larger batches"
+            )
         reference = self.exporter.build(dense, self._about(Policy()))
         self.table: LatencyTable | None = None
         self._predictor: Predictor | None = None
@@ -199,7 +206,8 @@ class OnnxTarget:
             dense_ms = carried.dense
         self.meter = RuntimeMeter(reference, inputs, threads=self._place.threads, dense_ms=dense_ms)
         self._times: dict[Hashable, Latency] = {}
-        self._cost = lru_cache(maxsize=4096)(_cost)
+        self._names = LONG if len(self._graph.tensors) < MANY else LONGEST
+        self._cost = lru_cache(maxsize=4096)(self._cost_of)
         self._base = lru_cache(maxsize=None)(self._frame)
 
     @property
@@ -275,8 +283,8 @@ class OnnxTarget:
     def bound(self, policy: Policy) -> Measurement:
         policy = self.prepared(policy)
         size, called = self._parts(policy)
-        length = self._base(policy.activations) + size + functions_bytes(called) + SLACK
-        return Measurement(length, self._graph.macs(policy), predicted_ms=self.predicted_ms(policy))
+        whole = self._base(policy.activations) + size + functions_bytes(called) + SLACK
+        return Measurement(whole, self._graph.macs(policy), predicted_ms=self.predicted_ms(policy))
 
     def _parts(self, policy: Policy) -> tuple[int, frozenset[str]]:
         """Bytes of the tensors, and what they call."""
@@ -288,13 +296,18 @@ class OnnxTarget:
         ]
         return sum(size for size, _ in parts), frozenset().union(*(called for _, called in parts))
 
+    def _cost_of(
+        self, choice: LayerChoice | None, dtype: str, shape: Shape, integer: bool
+    ) -> tuple[int, frozenset[str]]:
+        return cost(_dummy(choice, dtype, shape), integer=integer, names=self._names)
+
     def _frame(self, activations: int) -> int:
         """Bytes of everything that is no tensor of the model, at most."""
         policy = Policy({x.name: LayerChoice(8) for x in self._graph.layers}, activations=activations)
         candidate = self._candidate(compress(self._bench, policy), policy)
-        length = len(self.exporter.build(candidate, self._about(policy)))
+        whole = self.exporter.length(candidate, self._about(policy), self._names)
         size, called = self._parts(policy)
-        return length - size - functions_bytes(called)
+        return whole - size - functions_bytes(called)
 
     def level_bytes(self, layer: Layer, choice: LayerChoice, stored: Stored) -> int:  # noqa: ARG002
         return self._cost(choice, "float32", layer.shape, True)[0]
@@ -340,9 +353,12 @@ class OnnxTarget:
         return Reloaded(len(content), notes.quality, model)
 
     def retime(self, path: Path) -> Latency:
-        content = About.read(path)[1]
+        _, content = About.read(path)
         with alone():
-            return calmest([self.meter(content, FINAL_SAMPLES // FINAL_ROUNDS) for _ in range(FINAL_ROUNDS)])
+            try:
+                return calmest([self.meter(content, FINAL_SAMPLES // FINAL_ROUNDS) for _ in range(FINAL_ROUNDS)])
+            except Exception as error:  # whatever the runtime raises where the file's inputs are others
+                raise ArtifactError(f"{path} does not run on the task's inputs: {error}") from error
 
     def about(self) -> dict[str, Any]:
         place = self._place
@@ -358,10 +374,6 @@ class OnnxTarget:
 def _shapes(model: nn.Module, inputs: Any) -> list[Shape]:
     with torch.no_grad():
         return [tuple(value.shape) for value in tensors(call(model, inputs))]
-
-
-def _cost(choice: LayerChoice | None, dtype: str, shape: Shape, integer: bool) -> tuple[int, frozenset[str]]:
-    return cost(_dummy(choice, dtype, shape), integer=integer)
 
 
 def _dummy(choice: LayerChoice | None, dtype: str, shape: Shape) -> Filling:

@@ -140,7 +140,8 @@ def row(budget: int, activations: int, outcome: Outcome, found: Found) -> str:
     epochs = found.trial.evaluation.policy.recovery.epochs
     return (
         f"| {budget}% | {kernels} | {outcome.evaluations} in {outcome.seconds:.0f} s | {epochs} | {found.lost[0]:.4f} "
-        f"| {found.lost[1]:.4f} | {measured.bytes:,} | {measured.predicted_ms:.3f} | {timed.ms:.3f} ({timed.low:.3f} to "
+        f"| {found.lost[1]:.4f} | {measured.bytes:,} | {measured.predicted_ms:.3f} "
+        f"| {timed.ms:.3f} ({timed.low:.3f} to "
         f"{timed.high:.3f}, {timed.samples}) | {found.speedup:.2f} |"
     )
 
@@ -160,7 +161,8 @@ def fastest(bench: Bench, network: str, budgets: Sequence[int], epochs: int) -> 
     best = max(good, key=lambda found: found.speedup)
     print(
         f"\nchosen by val: {best.speedup:.2f} times faster, val {best.trial.measured.quality:.4f} of "
-        f"{best.dense[0]:.4f}, test {best.trial.quality_test:.4f} of {best.dense[1]:.4f}, {best.dense_ms:.3f} to {best.timed.ms:.3f} ms"
+        f"{best.dense[0]:.4f}, test {best.trial.quality_test:.4f} of {best.dense[1]:.4f}, "
+        f"{best.dense_ms:.3f} to {best.timed.ms:.3f} ms"
     )
     return round(best.speedup, 3)
 
@@ -196,7 +198,8 @@ def planes_over_int8(files: Files) -> float:
     middle = sorted(timed, key=lambda t: t.ms)[PASSES // 2]
     print(
         f"\n## 4-bit planes against int8\n\n{len(made[0]):,} and {len(made[1]):,} bytes; ratio of latencies "
-        f"{middle.ms:.3f} (quartiles {middle.low:.3f} to {middle.high:.3f}, n {middle.samples}); medians of {PASSES} passes "
+        f"{middle.ms:.3f} (quartiles {middle.low:.3f} to {middle.high:.3f}, n {middle.samples}); medians of "
+        f"{PASSES} passes "
         f"{min(t.ms for t in timed):.3f} to {max(t.ms for t in timed):.3f}"
     )
     return round(middle.ms, 4)

@@ -399,9 +399,15 @@ class Exporter:
         skeleton = self._precise(exported, candidate)
         return about.sealed(filled(skeleton, fillings(candidate.tensors, skeleton.places)).SerializeToString())
 
+    def length(self, candidate: Candidate, about: About, names: int) -> int:
+        """Bytes of the file of `candidate` if its names were those from number `names` on."""
+        skeleton = self._precise(self._exported(candidate), candidate)
+        proto = filled(skeleton, fillings(candidate.tensors, skeleton.places), names)
+        return len(about.sealed(proto.SerializeToString()))
+
     def kernels(self, candidate: Candidate) -> Hashable:
         """Equal for candidates that run the same kernels on the same shapes, and so take the same time."""
-        return candidate.architecture, candidate.activations, self._chosen(self._exported(candidate), candidate)
+        return candidate.architecture, self._chosen(self._exported(candidate), candidate)
 
     @property
     def computed(self) -> tuple[str, ...]:

@@ -351,11 +351,19 @@ def _with_scales(skeleton: Skeleton, ranges: Mapping[str, Range], integer: froze
 # --- filling ----------------------------------------------------------------------------------------------
 
 
-def filled(skeleton: Skeleton, fillings: Mapping[str, Filling]) -> onnx.ModelProto:
-    """The skeleton with a filling for every place, short names, and no metadata."""
+SHORT, LONG, LONGEST = 0, 52, 52 * 53
+"""Numbers of the first names with one, two and three letters."""
+
+
+def filled(skeleton: Skeleton, fillings: Mapping[str, Filling], names: int = SHORT) -> onnx.ModelProto:
+    """The skeleton with a filling for every place, short names, and no metadata.
+
+    With `names`, those from this number on: so that graphs which need more of them take no more bytes for each.
+    """
     proto = onnx.ModelProto()
     proto.CopyFrom(skeleton.proto)
     graph = proto.graph
+    _regroup(graph, skeleton, fillings)
     taken = {skeleton.places[name].name for name in fillings}
     rest = [tensor for tensor in graph.initializer if tensor.name not in taken]
     parts = _Parts()
@@ -366,40 +374,40 @@ def filled(skeleton: Skeleton, fillings: Mapping[str, Filling]) -> onnx.ModelPro
     del graph.initializer[:], graph.node[:], graph.value_info[:], proto.metadata_props[:]
     graph.initializer.extend(tensor for tensor in [*rest, *parts.tensors] if tensor.name in used)
     graph.node.extend(_sorted(nodes))
-    _regroup(graph, {node: fillings[name] for name, node in skeleton.weights.items() if name in fillings})
     called = {node.op_type for node in graph.node if node.domain == DOMAIN}
     del proto.functions[:], proto.opset_import[:]
     proto.functions.extend(function for name, function in _FUNCTIONS.items() if name in called)
     proto.opset_import.extend([helper.make_opsetid("", OPSET), *([helper.make_opsetid(DOMAIN, 1)] if called else [])])
-    _compact(proto, {node: str(i) for i, node in enumerate(skeleton.weights.values())})
+    _compact(proto, {node: str(i) for i, node in enumerate(skeleton.weights.values())}, names)
     return proto
 
 
-def _regroup(graph: onnx.GraphProto, weights: Mapping[str, Filling]) -> None:
-    """Give depthwise convolutions that lost channels as many groups as their weight, by the node's name, has rows."""
-    for node in graph.node:
-        if node.op_type == "Conv" and node.name in weights:
-            rows, columns = shape_of(weights[node.name])[:2]
-            for attribute in node.attribute:
-                if attribute.name == "group" and columns == 1 and rows < attribute.i:
-                    attribute.i = rows
+def _regroup(graph: onnx.GraphProto, skeleton: Skeleton, fillings: Mapping[str, Filling]) -> None:
+    """As many groups as the rows of grouped convolutions ask for: depthwise ones are narrowed like any other."""
+    nodes = {node.name: node for node in graph.node}
+    before = {tensor.name.removesuffix("_quantized"): tensor.dims for tensor in graph.initializer}
+    for name, node in skeleton.weights.items():
+        filling, place = fillings.get(name), skeleton.places[name].name
+        for attribute in nodes[node].attribute:
+            if attribute.name == "group" and attribute.i > 1 and filling is not None and place in before:
+                attribute.i = attribute.i * _rows(filling) // before[place][0]
 
 
-def shape_of(filling: Filling) -> tuple[int, ...]:
-    """Shape of the tensor that takes the place."""
-    values = filling.codes if isinstance(filling, Codes) else filling.values if isinstance(filling, Halves) else filling
-    return tuple(values.shape)
+def _rows(filling: Filling) -> int:
+    if isinstance(filling, Codes):
+        return len(filling.codes)
+    return len(filling.values if isinstance(filling, Halves) else filling)
 
 
-def cost(filling: Filling, *, integer: bool) -> tuple[int, frozenset[str]]:
-    """Bytes that one tensor takes in a file, and the functions that it calls.
+def cost(filling: Filling, *, integer: bool, names: int = LONG) -> tuple[int, frozenset[str]]:
+    """Bytes that one tensor takes in a file with names from number `names` on, and the functions that it calls.
 
-    Names are a few bytes longer in large graphs, and constants that several tensors share are there once.
+    Constants that several tensors share are there once.
     """
     parts = _Parts()
     parts.add(Place("w"), filling, integer=integer)
     proto = onnx.ModelProto(graph=helper.make_graph(parts.nodes, "g", [], [], parts.tensors))
-    _compact(proto, {})
+    _compact(proto, {}, names)
     return proto.ByteSize(), frozenset(node.op_type for node in parts.nodes if node.domain == DOMAIN)
 
 
@@ -484,14 +492,14 @@ def _sorted(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
     return [nodes[i] for i in TopologicalSorter(needs).static_order()]
 
 
-def _compact(proto: onnx.ModelProto, nodes: Mapping[str, str]) -> None:
+def _compact(proto: onnx.ModelProto, nodes: Mapping[str, str], first: int) -> None:
     """Short names for all that is not an input or output, equal constants once, no notes of the exporter.
 
-    `nodes` maps the names of nodes that keep one to the name they get.
+    Names are those from number `first` on; `nodes` maps the names of nodes that keep one to the name they get.
     """
     graph = proto.graph
     names: dict[str, str] = {port.name: port.name for port in (*graph.input, *graph.output)}
-    count = itertools.count()
+    count = itertools.count(first)
     short = (text for n in count if (text := _base(n)) not in names)
     merged = _merged(graph)
     for node in graph.node:
