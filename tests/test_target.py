@@ -131,7 +131,7 @@ def test_level_bytes_rise_with_the_bits(bench: Workbench, target: OnnxTarget) ->
         sizes = []
         for bits in (1, 2, 4, 8, 32):
             choice = LayerChoice(bits)
-            stored = bench.stored(layer, choice, bench.state[layer.weight])
+            stored = bench.level(layer, choice, "nearest")
             sizes.append(target.level_bytes(layer, choice, stored))
         assert sizes[:3] == sorted(sizes[:3])
         assert sizes[3] < sizes[4]
