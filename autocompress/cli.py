@@ -215,7 +215,8 @@ def _conclude(run: Run, *, as_json: bool) -> None:
             soft_wrap=True,
         )
         out.print(
-            f"Take it away: autocompress export {shlex.quote(str(run.folder))} --trial {picked.number} --format packed",
+            f"Take it away: autocompress export {shlex.quote(str(run.folder))} --trial {picked.number} "
+            f"--format {run.settings.format}",
             soft_wrap=True,
         )
     if run.profile is not None:
@@ -406,9 +407,8 @@ def pick_(
         f"(original {run.dense.latency_ms:.3g})."
     )
     out.print(_neighbours(run, chosen), soft_wrap=True)
-    out.print(
-        f"autocompress export {shlex.quote(str(run_folder))} --trial {chosen.number} --format packed", soft_wrap=True
-    )
+    command = f"autocompress export {shlex.quote(str(run_folder))} --trial {chosen.number}"
+    out.print(f"{command} --format {run.settings.format}", soft_wrap=True)
     if as_json:
         _print_json(
             plain(
@@ -533,9 +533,15 @@ def verify(
     from autocompress.trial import Budget, Limit
 
     inspect = _inspect_onnx if file.suffix == ".onnx" else _inspect_packed
+    wanted = [Limit.parse(text) for text in budget or []]
+    if file.suffix == ".onnx" and any(limit.quantity == "macs" for limit in wanted):
+        raise BudgetError("an .onnx file does not say how many channels were removed: give a budget of bytes or time")
+    for name, value in (("threads", threads), ("batch", batch)):
+        if value is not None and value < 1:
+            raise AutocompressError(f"--{name} is {value}; it must be 1 or more")
     found = inspect(file, task, data, checkpoint, threads or 1, batch or 1)
     dense, measured, timed = found.dense, found.measured, found.timed
-    limits = Budget.resolve([Limit.parse(text) for text in budget or []], dense)
+    limits = Budget.resolve(wanted, dense)
     same = math.isclose(measured.quality, found.recorded, rel_tol=tolerance, abs_tol=1e-9)
     fits = limits.excess(measured) <= 0
     out.print(

@@ -594,6 +594,161 @@ def test_default_folder_is_named_after_the_task(here: Path) -> None:
     assert result.json["run"] == f"runs/{folder.name}"
 
 
+# --- in ONNX Runtime ---
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """A finished run under a latency budget, which a network this small keeps only if it is generous."""
+    folder = tmp_path_factory.mktemp("timed")
+    (folder / "blobs.py").write_text(BLOBS)
+    task = f"{folder / 'blobs.py'}:task"
+    arguments = ("--budget", "latency=900%", "--budget", "size=80%", "--trials", 3, "--epochs", 0, "--json")
+    return Searched(folder / "run", task, run("search", task, "--out", folder / "run", *arguments))
+
+
+@pytest.fixture(scope="module")
+def model(timed: Searched) -> Path:
+    """The file that the run picked."""
+    return timed.folder / timed.result.json["picked"]["artifact"]
+
+
+def test_latency_budget_ends_with_onnx_files(timed: Searched) -> None:
+    assert timed.result.code == 0
+    found = timed.result.json
+    assert found["front"]
+    for member in found["front"]:
+        assert member["artifact"].endswith(".onnx")
+        assert member["bytes"] == (timed.folder / member["artifact"]).stat().st_size
+        assert member["latency_ms"] <= found["budget"]["latency_ms"]
+    assert f"--trial {found['picked']['trial']} --format onnx" in timed.result.out
+    assert "timing layers" in timed.result.err
+
+
+def test_pick_names_the_format_that_was_measured(timed: Searched) -> None:
+    assert run("pick", timed.folder).out.rstrip().endswith("--format onnx")
+
+
+def test_onnx_file_is_verified_and_timed_again(timed: Searched, model: Path) -> None:
+    arguments = ("--task", timed.task, "--budget", "latency=900%", "--threads", 1, "--batch", 2, "--json")
+    result = run("verify", model, *arguments)
+    assert result.code == 0, result
+    found = result.json
+    assert found["ok"] is True
+    assert found["bytes"] == model.stat().st_size
+    assert found["quality"] == timed.result.json["picked"]["quality_val"]
+    low, high = found["latency_quartiles_ms"]
+    assert 0 < low <= found["latency_ms"] <= high
+    assert found["latency_runtime"] == "onnxruntime"
+
+
+def test_onnx_file_over_the_budget_does_not_hold(timed: Searched, model: Path) -> None:
+    result = run("verify", model, "--task", timed.task, "--budget", "100B", "--json")
+    assert (result.code, result.json["ok"]) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--threads", 0), ("--threads is 0", "1 or more")),
+        (("--batch", -1), ("--batch is -1", "1 or more")),
+        (("--batch", 10**6), ("--batch 1000000", "100")),
+        (("--budget", "macs=50%"), (".onnx", "bytes or time")),
+    ],
+)
+def test_verify_refuses_what_an_onnx_file_cannot_answer(
+    timed: Searched, model: Path, options: tuple[object, ...], words: tuple[str, ...]
+) -> None:
+    error = refused("verify", model, "--task", timed.task, *options)
+    assert [word for word in words if word not in error] == []
+
+
+@pytest.mark.parametrize("option", ["--threads", "--batch"])
+def test_threads_and_batch_are_not_for_packed_files(searched: Searched, artifact: Path, option: str) -> None:
+    assert ".onnx" in refused("verify", artifact, "--task", searched.task, option, 2)
+
+
+@pytest.mark.parametrize("change", ["truncated", "one byte more", "one bit changed", "empty", "garbage"])
+def test_verify_refuses_a_damaged_onnx_file(timed: Searched, model: Path, here: Path, change: str) -> None:
+    content = model.read_bytes()
+    middle = len(content) // 2
+    changed = {
+        "truncated": content[:middle],
+        "one byte more": content + b"\0",
+        "one bit changed": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "empty": b"",
+        "garbage": b"garbage" * 100,
+    }[change]
+    (here / "damaged.onnx").write_bytes(changed)
+    assert "damaged.onnx" in refused("verify", "damaged.onnx", "--task", timed.task)
+
+
+def test_verify_refuses_the_onnx_file_of_another_model(model: Path, here: Path) -> None:
+    text = BLOBS.replace("16, 32)", "12, 32)").replace("(700, 16,", "(700, 12,").replace("randn(16, 4", "randn(12, 4")
+    (here / "other.py").write_text(text)
+    assert "do not belong together" in refused("verify", model, "--task", "other.py:task")
+
+
+def test_export_of_a_damaged_onnx_file_is_refused(timed: Searched, here: Path) -> None:
+    copy = here / "copy"
+    for name, content in contents(timed.folder).items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(content)
+    kept = copy / timed.result.json["picked"]["artifact"]
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert "trial-" in refused("export", copy, "--output", "model.onnx")
+    assert not (here / "model.onnx").exists()
+
+
+def test_run_in_one_format_is_exported_in_the_other(timed: Searched, searched: Searched, here: Path) -> None:
+    for source, form, suffix in ((timed, "packed", "acz"), (searched, "onnx", "onnx")):
+        result = run("export", source.folder, "--format", form, "--output", f"m.{suffix}", "--json")
+        assert (result.code, result.json["format"]) == (0, form)
+        assert f"on val as {form}" in result.out
+        assert result.json["bytes"] == (here / f"m.{suffix}").stat().st_size
+        again = run("verify", f"m.{suffix}", "--task", source.task, "--json")
+        assert (again.code, again.json["ok"]) == (0, True), again
+
+
+def test_export_copies_the_file_that_was_measured(timed: Searched, model: Path, here: Path) -> None:
+    assert run("export", timed.folder).code == 0
+    (found,) = here.glob("*.onnx")
+    assert found.read_bytes() == model.read_bytes()
+
+
+def test_latency_that_no_policy_reaches_names_the_fastest(here: Path) -> None:
+    result = run(*SEARCH, "--budget", "latency=0.1%", "--epochs", 0, "--out", "run", "--json")
+    assert result.code == 3
+    assert result.json["picked"] is None
+    with Journal.reading(here / "run") as journal:
+        fastest = min(t.measured.latency_ms for t in journal.trials() if t.evaluation.status == "ok")
+    assert result.json["nearest"]["latency_ms"] == fastest
+    assert f"{fastest:.3g} ms" in result.err
+
+
+def test_model_without_an_export_names_the_operator_and_the_way_out(here: Path) -> None:
+    text = BLOBS.replace("nn.ReLU(), nn.Linear(32, 4)", "Odd(), nn.Linear(32, 4)").replace(
+        "def task", "class Odd(nn.Module):\n    def forward(self, x):\n        return x + torch.linalg.svdvals("
+        "x.reshape(-1, 8, 4)).sum()\n\n\ndef task"
+    )  # fmt: skip
+    (here / "odd.py").write_text(text)
+    before = contents(here)
+    error = refused("search", "odd.py:task", "--budget", "latency=60%", "--trials", 2)
+    assert "svd" in error
+    assert "packed artifact" in error
+    assert contents(here) == before
+
+
+@pytest.mark.slow
+def test_search_of_digits_under_a_latency_budget(here: Path) -> None:
+    arguments = ("--space", "tiny", "--budget", "latency=60%", "--trials", 3, "--epochs", 0, "--json")
+    found = run("search", "digits", "--out", "run", *arguments)
+    assert found.code == 0, found
+    (file,) = {here / "run" / found.json["picked"]["artifact"]}
+    assert file.suffix == ".onnx"
+    assert run("verify", file, "--json").json["ok"] is True
+
+
 # --- profile and init ---
 
 
