@@ -80,7 +80,7 @@ class Widths:
         while need > 1:
             steps = []
             for g, lower in self._narrower(keep):
-                saved = need - self._need(lower, activations)
+                saved = need - max(1.0, self._need(lower, activations))  # what is saved beyond the limit is not wanted
                 price = noise[g] * (self._loss(g, lower) - self._loss(g, keep))
                 if saved > 1e-9:
                     steps.append((price / saved, lower))
