@@ -24,7 +24,7 @@ import torch
 from scipy.stats import spearmanr
 
 from autocompress import Policy, Workbench, compress, load_task
-from autocompress.artifact.onnx import Candidate, Exporter
+from autocompress.artifact.onnx import About, Candidate, Exporter
 from autocompress.measure.latency import RuntimeMeter, alone
 from autocompress.measure.latency_table import LatencyTable, Model, Predictor, build
 from autocompress.measure.timing import calmest
@@ -58,7 +58,7 @@ class Files:
         return Candidate(made.tensors, self.bench.realise(made), architecture, activations)
 
     def __call__(self, policy: Policy, activations: int) -> bytes:
-        return self.exporter.build(self._candidate(policy, activations), {})
+        return self.exporter.build(self._candidate(policy, activations), About("cifar10", "accuracy", policy.key()))
 
 
 def cases(files: Files, keep: Mapping[str, Sequence[float]], seed: int) -> list[Case]:
