@@ -10,21 +10,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from autocompress.errors import ExportError
 
+if TYPE_CHECKING:  # its import starts threads, which processes that fork later would miss
+    import onnxruntime
+
 NAME = "onnxruntime"
 
 
 def version() -> str:
     """The runtime's version."""
+    import onnxruntime
+
     return str(onnxruntime.__version__)
 
 
@@ -33,6 +37,8 @@ def session(content: bytes, threads: int = 1, trace: Path | None = None) -> onnx
 
     Raises `ExportError` where the runtime refuses the file.
     """
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

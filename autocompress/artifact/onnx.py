@@ -19,11 +19,10 @@ import zlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from google.protobuf.message import DecodeError, Message
 from onnx import numpy_helper
@@ -48,6 +47,9 @@ from autocompress.graph import Layer
 from autocompress.runtime import Outputs, RuntimeModel, feeds, session
 from autocompress.stored import Full, Half, Quantised, Raw, Stored, StoredModel, to_half
 from autocompress.task import arguments, call, few, length, tensors
+
+if TYPE_CHECKING:  # its import starts threads, which processes that fork later would miss
+    import onnxruntime
 
 MAX_EXPONENT = 100
 """Halves with a larger power of two are stored as floats: single precision, in which they are scaled, ends there."""

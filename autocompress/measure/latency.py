@@ -15,9 +15,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import onnxruntime
 import torch
 from filelock import FileLock
 from torch import nn
@@ -28,6 +27,9 @@ from autocompress.measure.node_times import layer_times
 from autocompress.measure.timing import Latency, Traced
 from autocompress.runtime import feeds, session
 from autocompress.task import call, few, length
+
+if TYPE_CHECKING:  # its import starts threads, which processes that fork later would miss
+    import onnxruntime
 
 try:
     import resource
