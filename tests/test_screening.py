@@ -206,7 +206,9 @@ def test_profile_serves_a_later_search_with_another_budget(watched: World, tmp_p
 def test_budget_of_time_adds_the_channel_groups_to_a_known_profile(watched: World, tmp_path: Path) -> None:
     watched.search(controller="solver", epochs=0)
     before = Watched.asked
-    watched.search(folder=tmp_path / "timed", controller="solver", epochs=0, budgets=("1.5kB", "1.5ms"))
+    watched.search(
+        folder=tmp_path / "timed", controller="solver", epochs=0, budgets=("1.5kB", "1.5ms"), format="packed"
+    )
     assert Watched.asked == before + 4  # two groups, each at its two widths below the whole one
     assert summary(Run.read(tmp_path / "timed"))["profile"]["evaluations"] == before + 4
 

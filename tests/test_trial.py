@@ -255,7 +255,8 @@ def test_an_evaluation_survives_strict_json(evaluation: Evaluation) -> None:
 
 def test_what_was_not_measured_is_null() -> None:
     data = Evaluation(Policy(), 0, 0, "infeasible", Measurement(10, 20)).to_json()
-    assert data["measurement"] == {"bytes": 10, "macs": 20, "quality": None, "loss": None, "latency_ms": None}
+    unknown = dict.fromkeys(("quality", "loss", "latency_ms", "predicted_ms"))
+    assert data["measurement"] == {"bytes": 10, "macs": 20, **unknown}
     assert "policy" not in data
 
 
