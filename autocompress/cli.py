@@ -107,8 +107,19 @@ def search(
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(help="Epochs of recovery training for members of the front; 0 is one-shot only.  [default: 1]"),
+        typer.Option(help="Epochs of recovery training on the last rung; 0 is one-shot only.  [default: 1]"),
     ] = None,
+    recoveries: Annotated[
+        int | None,
+        typer.Option(
+            help="Members of the front that start recovery training; the better half climbs on each time, to twice the "
+            "epochs.  [default: one for ten trials, at least 2]"
+        ),
+    ] = None,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Do not start from what earlier searches of this model learned about recovery."),
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal searches.  [default: 0]")] = None,
     controller: Annotated[
         str | None, typer.Option(help="Who proposes: solver, tpe, nsga2, gp or random.  [default: solver]")
@@ -150,6 +161,8 @@ def search(
         "controller": controller,
         "trials": trials,
         "epochs": epochs,
+        "recoveries": recoveries,
+        "fresh": fresh or None,
         "seed": seed,
         "format": format_.value if format_ else None,
         "threads": threads,
@@ -236,6 +249,8 @@ def _conclude(run: Run, *, as_json: bool) -> None:
             soft_wrap=True,
             markup=False,
         )
+    if run.lessons:
+        out.print(f"Recovery began with what {run.lessons} trainings of earlier searches had taught (--fresh does not).")
     for warning in run.warnings:
         err.print(f"[yellow]warning:[/] {escape(warning)}")
     failed = [t for t in run.trials if t.evaluation.status == "failed"]
@@ -283,13 +298,21 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
     """A live line on a terminal; otherwise a plain line at most every ten seconds and at each change of stage."""
     if err.is_terminal:
         with err.status("loading the task", spinner="dots") as status:
-            yield lambda p: status.update(_glance(p))
+
+            def show(progress: Progress) -> None:
+                if progress.note:
+                    err.print(progress.note, markup=False, soft_wrap=True)
+                status.update(_glance(progress))
+
+            yield show
         return
     err.print("loading the task")
     last: tuple[str, float] = ("", -math.inf)
 
     def log(progress: Progress) -> None:
         nonlocal last
+        if progress.note:
+            err.print(progress.note, markup=False, soft_wrap=True)
         if progress.stage != last[0] or time.monotonic() - last[1] >= 10:
             last = progress.stage, time.monotonic()
             err.print(_glance(progress), soft_wrap=True, markup=True)
@@ -396,7 +419,7 @@ def pick_(
     as_json: Json = False,
 ) -> None:
     """Choose one trial of a run by limits, and say how to export it."""
-    from autocompress.report.tables import Run, plain, row
+    from autocompress.report.tables import Run, plain
 
     run = Run.read(run_folder)
     chosen = _choose(run, max_size, max_latency, min_quality, knee, best, trial)
@@ -412,7 +435,7 @@ def pick_(
     if as_json:
         _print_json(
             plain(
-                {"run": str(run_folder), **row(chosen, run.budget), "policy_json": chosen.evaluation.policy.to_json()}
+                {"run": str(run_folder), **run.row(chosen), "policy_json": chosen.evaluation.policy.to_json()}
             )
         )
 

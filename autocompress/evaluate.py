@@ -23,12 +23,14 @@ from autocompress.trial import Evaluation, Measurement
 
 
 class Job(NamedTuple):
-    """A policy, its rung, where to keep its artifact, and whether to score it on a part of `val` only."""
+    """A policy, its rung, where to keep its artifact, whether to score it on a part of `val` only, and where an
+    interrupted training keeps its last epoch."""
 
     policy: Policy
     rung: int
     keep: Path | None = None
     screen: bool = False
+    checkpoint: Path | None = None
 
 
 Evaluate = Callable[[Job], Evaluation]

@@ -1,7 +1,8 @@
 """Drives a search: controller and runner, journal and resume, budgets, rungs, and the final files of the front.
 
-Rung 0 evaluates one-shot policies. Rung 1 gives recovery training to members of its front, spread along it. Then
-every feasible front member is written, read back, scored again on `val`, and once on `test`.
+Rung 0 evaluates one-shot policies. On rung 1 members of its front, spread along it, get recovery training; the better
+half climbs to the next rung, with twice the epochs, and so on. Then every feasible front member is written, read back,
+scored again on `val`, and once on `test`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from autocompress.controllers.base import Controller
-from autocompress.controllers.optuna_samplers import Predict
+from autocompress.controllers.optuna_samplers import Predict, mix
 from autocompress.controllers.registry import make_controller, needs_profile
 from autocompress.controllers.widths import fastest_widths
 from autocompress.errors import AutocompressError, NothingFits, RunError
@@ -32,9 +33,11 @@ from autocompress.evaluate import Evaluator, Job
 from autocompress.files import cache_folder, write
 from autocompress.front import Trial, Wish, feasible, front_of, non_dominated, pick
 from autocompress.journal import FILE, Journal
+from autocompress.lessons import Lesson, keep_lessons, lessons_of, read_lessons
 from autocompress.measure.latency_table import LatencyTable, read_table
 from autocompress.policy import Policy
 from autocompress.profile import Profile, measure, profile_key, with_groups
+from autocompress.rungs import Climb, Pace, at_epochs, ladder, plan_text
 from autocompress.runners.local import LocalRunner, Runner
 from autocompress.space import Space, SpaceFile, load_space
 from autocompress.target import FORMATS, OnnxTarget, Place
@@ -48,8 +51,8 @@ PATIENCE = 200
 """Proposals in a row that need no evaluation (known or over budget) after which the space counts as exhausted."""
 PROMOTED_BEST = 6
 """Screened policies of least loss that are scored on all of `val`."""
-TRAINING_ROOM = 0.01
-"""Share of a byte budget that recovery training's parents leave free, where the front has such members."""
+TIMED_STEPS = 4
+"""Training steps that are timed for the first estimate; the first step of them warms up."""
 TOO_SLOW = 1.1
 """A latency budget is refused before the search if the fastest policy is slower by more than what timings vary by."""
 NO_TIME = "the time ran out before the first evaluation: continue with --resume and a longer --timeout"
@@ -63,7 +66,9 @@ class Settings:
     """All that determines a run, besides the task's code and data.
 
     `format` is what ships: with a latency budget `onnx`, else `packed`, unless it is given. ONNX files are timed with
-    `threads` threads on `batch` inputs, or looked up in the `latency_table` of another machine.
+    `threads` threads on `batch` inputs, or looked up in the `latency_table` of another machine. `epochs` are those of
+    the last rung of recovery training, `recoveries` the trainings of the first (None: one for ten trials, at least 2);
+    a `fresh` run learns nothing from what earlier ones of the same model found out about recovery training.
     """
 
     task: str
@@ -72,6 +77,8 @@ class Settings:
     controller: str = "solver"
     trials: int = 60
     epochs: int = 1
+    recoveries: int | None = None
+    fresh: bool = False
     seed: int = 0
     data: str | None = None
     checkpoint: str | None = None
@@ -83,9 +90,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.format not in ("", *FORMATS):
             raise AutocompressError(f"--format is {self.format!r}; it must be one of {', '.join(FORMATS)}")
-        for name, low in (("trials", 1), ("epochs", 0), ("seed", 0), ("threads", 1), ("batch", 1)):
+        lows = (("trials", 1), ("epochs", 0), ("recoveries", 1), ("seed", 0), ("threads", 1), ("batch", 1))
+        for name, low in lows:
             value = getattr(self, name)
-            if not low <= value < 2**31:
+            if value is not None and not low <= value < 2**31:
                 raise AutocompressError(f"--{name} is {value}; it must be {low} or more, and below 2^31")
         limits = [Limit.parse(text) for text in self.budgets]
         if not self.format:  # a latency that counts is that of a runtime which people deploy
@@ -96,6 +104,11 @@ class Settings:
         where, colon, name = self.task.rpartition(":")
         if where.endswith(".py"):  # so that a run can be continued from any folder
             object.__setattr__(self, "task", f"{Path(where).resolve()}{colon}{name}")
+
+    @property
+    def first_rung(self) -> int:
+        """Trainings of the first rung, if the front has as many members."""
+        return max(2, self.trials // 10) if self.recoveries is None else self.recoveries
 
     def load_task(self) -> Task:
         """The task, from its built-in name, file or module."""
@@ -114,7 +127,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A glance at a running search. `best` is the best feasible trial so far; `left` seconds, None if unknown."""
+    """A glance at a running search. `best` is the best feasible trial so far; `left` seconds, None if unknown.
+
+    `note` is to be shown once, and to stay.
+    """
 
     stage: str
     done: int
@@ -125,6 +141,7 @@ class Progress:
     seconds: float
     left: float | None
     detail: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +184,7 @@ class Study:
         self._start, self._timeout = time.monotonic(), timeout
         self._stopped = False
         self._trained = 0.0
-        self._recovering = (0.0, 0, 0)  # when the training in flight began, members done, members in all
+        self._recovering = (0.0, 0, 0, 0.0)  # when the training in flight began, done, in all, seconds of later ones
         self.trials = journal.trials()
         self._known: dict[tuple[str, bool], Trial] = {}
         for trial in self.trials:
@@ -212,21 +229,17 @@ class Study:
         if now - self._trained < 1.0:
             return
         self._trained = now
-        begun, done, members = self._recovering
-        left = (now - begun) / step * (total - step + total * (members - done - 1))
-        self._watch(
-            Progress(
-                "recovering",
-                done,
-                members,
-                self.evaluated(),
-                len(self.front()),
-                self.best(),
-                self.seconds,
-                min(left, max(0.0, self._timeout - self.seconds)),
-                f"step {step} of {total}",
-            )
-        )
+        begun, done, members, later = self._recovering
+        left = (now - begun) / step * (total - step) + later
+        self._say("recovering", done, members, left, f"step {step} of {total}")
+
+    def _say(
+        self, stage: str, done: int, total: int, left: float | None, detail: str = "", *, note: str = ""
+    ) -> None:
+        """Tell the watcher; `left` seconds are bounded by the timeout."""
+        left = None if left is None else min(left, max(0.0, self._timeout - self.seconds))
+        front, best = len(self.front()), self.best()
+        self._watch(Progress(stage, done, total, self.evaluated(), front, best, self.seconds, left, detail, note))
 
     def _remember(self, trial: Trial) -> None:
         evaluation = trial.evaluation
@@ -235,8 +248,7 @@ class Study:
 
     def _report(self, stage: str, done: int, total: int, since: float, before: int) -> None:
         pace = (time.monotonic() - since) / (done - before) if done > before else None
-        left = None if pace is None else min(pace * (total - done), max(0.0, self._timeout - self.seconds))
-        self._watch(Progress(stage, done, total, self.evaluated(), len(self.front()), self.best(), self.seconds, left))
+        self._say(stage, done, total, None if pace is None else pace * (total - done))
 
     def _settle(self, evaluation: Evaluation) -> None:
         """Write a result, then learn from it."""
@@ -363,45 +375,52 @@ class Study:
             self.warnings.append(text)
 
     def recover(self) -> None:
-        """Rung 1: recovery training for members of the one-shot front."""
+        """Recovery training: members of the one-shot front start on rung 1, and the better half climbs each time."""
         if not self.settings.epochs or self._stopped:
             return
-        parents = self._parents()
-        total, before = len(parents), sum(map(self._was_promoted, parents))
-        since = time.monotonic()
-        longest = 0.0
+        if not getattr(self.evaluator.bench, "trainable", True):
+            self.warn("no recovery training, one-shot only: the task has no training batches")
+            return
+        climb = self._climb()
 
         def jobs() -> Iterator[Job]:
-            for parent in parents:
-                if self._was_promoted(parent):
-                    continue
-                if self._stopped or self.seconds + longest > self._timeout:
-                    return
-                policy = self._controller.ask(parent, self.settings.epochs)
-                if self._needs_running(policy, 1):
-                    self._recovering = (time.monotonic(), sum(map(self._was_promoted, parents)), total)
-                    yield Job(policy, 1, self.folder / self._artifact(len(self.trials)))
+            while (step := climb.next_step(self._timeout - self.seconds)) is not None and not self._stopped:
+                if step.policy is None:
+                    parent = climb.parent(mix(self.settings.seed, len(self.trials)))
+                    policy = self._controller.ask(parent, climb.epochs[0])
+                else:
+                    policy = at_epochs(step.policy, climb.epochs[step.rung - 1])
+                if self._needs_running(policy, step.rung):
+                    done, total, left = climb.state(running=step.rung)
+                    self._recovering = (time.monotonic(), done, total, left or 0.0)
+                    keep = self.folder / self._artifact(len(self.trials))
+                    yield Job(policy, step.rung, keep, checkpoint=self._checkpoint(policy))
 
-        if total > before:
-            self._report("recovering", before, total, since, before)
+        self._announce(climb)
         for evaluation in self._runner.run(jobs()):
-            longest = max(longest, evaluation.seconds)
             self._settle(evaluation)
-            self._report("recovering", sum(map(self._was_promoted, parents)), total, since, before)
+            self._checkpoint(evaluation.policy).unlink(missing_ok=True)
+            self._say("recovering", *climb.state())
 
-    def _parents(self) -> list[Policy]:
-        """One-shot front members to train: one for ten trials, evenly spread from smallest to largest."""
-        shots = [t for t in feasible(self.trials, self.budget) if t.evaluation.rung == 0]
-        members = front_of(shots, self.evaluator.task.direction, latency=self.budget.ms is not None)
-        if self.budget.bytes is not None:  # training changes how well codes compress: leave it some room
-            room = [t for t in members if t.measured.bytes <= (1 - TRAINING_ROOM) * self.budget.bytes]
-            members = room or members
-        count = min(len(members), max(2, self.settings.trials // 10))
-        return [members[i].evaluation.policy for i in _spread(len(members), count)]
+    def _climb(self) -> Climb:
+        """The rungs, with the time of a training step where no training of this run told it."""
+        direction, settings = self.evaluator.task.direction, self.settings
+        climb = Climb(self.trials, self.budget, direction, ladder(settings.epochs), settings.first_rung)
+        if climb.pace() is None and (waiting := climb.untried()):
+            climb.timed = _timed_pace(self.evaluator, waiting[-1].evaluation.policy, climb.fixed())
+        return climb
 
-    def _was_promoted(self, parent: Policy) -> bool:
-        trained = (t.evaluation.policy for t in self.trials if t.evaluation.rung == 1)
-        return any(policy.without_recovery().key() == parent.key() for policy in trained)
+    def _announce(self, climb: Climb) -> None:
+        """Say what is planned, before the first training."""
+        climb.next_step(self._timeout - self.seconds)
+        done, total, left = climb.state()
+        if total > done:
+            note = "" if left is None or done else plan_text(climb.planned(), climb.epochs, left)
+            self._say("recovering", done, total, left, note=note)
+
+    def _checkpoint(self, policy: Policy) -> Path:
+        """Where a training that is interrupted leaves its last epoch."""
+        return self.folder / "checkpoints" / f"{policy.key()}.safetensors"
 
     # --- the end ---
 
@@ -488,6 +507,34 @@ class Study:
                 self._finish(replace(trial, artifact=""))
 
 
+class _Timed(Exception):
+    """Ends a training whose steps were timed."""
+
+
+def _timed_pace(evaluator: Evaluator, parent: Policy, fixed: float) -> Pace | None:
+    """From a few steps of a training that is given up then; None if it fails, which the real one will say."""
+    times: list[float] = []
+    steps = 0
+
+    def follow(step: int, total: int) -> None:
+        nonlocal steps
+        steps = total
+        times.append(time.perf_counter())
+        if step >= min(TIMED_STEPS, total):
+            raise _Timed
+
+    policy = replace(parent, recovery=replace(parent.recovery, epochs=1))
+    try:
+        evaluator.build(policy, follow)
+    except _Timed:
+        pass
+    except Exception:
+        return None
+    if len(times) < 2:
+        return None
+    return Pace((times[-1] - times[0]) / (len(times) - 1) * steps, fixed)
+
+
 def _measured(evaluation: Evaluation) -> bool:
     """Really measured, failures included: neither refused by its size nor a copy."""
     return evaluation.status != "infeasible" and evaluation.copy_of is None
@@ -556,6 +603,8 @@ def search(
         timeout -= time.monotonic() - begun
         size = _size_of(evaluator)
         controller = make_controller(settings.controller, choices, budget, size, settings.seed, profile, times)
+        learned = cache_folder() / "recovery" / f"{_digest_of(_identity(evaluator))}.json"
+        controller.recovery.earlier = _earlier_lessons(settings, learned, journal)
 
         def run_one(job: Job) -> Evaluation:
             return evaluator(job.policy, job.rung, job.keep, study.training, screen=job.screen)
@@ -569,6 +618,7 @@ def search(
         study.one_shot()
         study.promote()
         study.recover()
+        _keep(lambda: keep_lessons(learned, controller.recovery.lessons), "what recovery training was worth")
         outcome = study.finalise()
         journal.set_fact("seconds", study.total_seconds)
         journal.set_fact("warnings", list(outcome.warnings))
@@ -695,11 +745,26 @@ def _profile(evaluator: Evaluator, space: Space, budget: Budget, journal: Journa
         profile = with_groups(profile, evaluator, space, follow, time.monotonic)
     journal.set_fact("profile", profile.to_json())
     if not complete:
-        try:
-            write(cached, json.dumps(profile.to_json()).encode())
-        except OSError as error:
-            warnings.warn(f"the profile is not kept for later searches: {error}", stacklevel=2)
+        _keep(lambda: write(cached, json.dumps(profile.to_json()).encode()), "the profile")
     return profile
+
+
+def _keep(save: Callable[[], object], what: str) -> None:
+    """Save something for later searches; this one does not need it."""
+    try:
+        save()
+    except OSError as error:
+        warnings.warn(f"{what} is not kept for later searches: {error}", stacklevel=3)
+
+
+def _earlier_lessons(settings: Settings, learned: Path, journal: Journal) -> list[Lesson]:
+    """What earlier searches of the same model learned about recovery training, as it was when this one began."""
+    known = journal.fact("lessons")
+    if known is None:
+        wanted = settings.epochs and not settings.fresh
+        known = [lesson.to_json() for lesson in read_lessons(learned)] if wanted else []
+        journal.set_fact("lessons", known)
+    return lessons_of(known)
 
 
 def _read_profile(path: Path) -> Profile | None:
@@ -754,6 +819,11 @@ def _identity(evaluator: Evaluator) -> dict[str, Any]:
     }
 
 
+def _digest_of(identity: Mapping[str, Any]) -> str:
+    """Names files about the same model and data."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _digest(state: Mapping[str, Tensor]) -> str:
     """Equal for equal weights."""
     content = hashlib.sha256()
@@ -800,8 +870,8 @@ def read_config(folder: Path) -> tuple[Settings, SpaceFile, dict[str, Any]]:
 def check_resumable(folder: Path, wanted: Settings, space: SpaceFile | None = None) -> SpaceFile:
     """The space of the run in `folder`; `RunError` unless `wanted` continues it. Only totals may differ."""
     settings, file, _ = read_config(folder)
-    fixed = ("task", "budgets", "controller", "epochs", "seed", "data", "checkpoint", "format", "threads", "batch")
-    for name in (*fixed, "latency_table"):
+    fixed = ("task", "budgets", "controller", "epochs", "fresh", "seed", "data", "checkpoint", "format", "threads")
+    for name in (*fixed, "batch", "latency_table"):
         before, now = getattr(settings, name), getattr(wanted, name)
         if before != now:
             flag = {"task": "task", "budgets": "--budget"}.get(name, f"--{name.replace('_', '-')}")
@@ -815,6 +885,11 @@ def check_resumable(folder: Path, wanted: Settings, space: SpaceFile | None = No
             "continue, or start a new run with --out"
         )
     return file
+
+
+def measuring(settings: Settings, folder: Path) -> Evaluator:
+    """What measures candidates of the run in `folder` as it did, for whoever wants to know more of it later."""
+    return settings.evaluator(_dense_latency(folder))
 
 
 def _dense_latency(folder: Path) -> float | None:

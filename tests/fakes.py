@@ -198,7 +198,7 @@ class FakeEvaluator:
         self.target = FakeTarget(self, ".onnx" if format == "onnx" else ".acz", retimed)
         self.graph = self.task.graph
         state = {name: torch.full(shape, self.task.weights) for name, (shape, _) in self.graph.tensors.items()}
-        self.bench = SimpleNamespace(state=state)
+        self.bench = SimpleNamespace(state=state, trainable=True, untrainable="")
         self.size = Size(self.graph, self.task.name, self.task.metric)
         self.fault, self.kill_at = fault or (lambda *_: None), kill_at
         self.calls: list[tuple[Policy, int, Path | None]] = []
@@ -246,10 +246,7 @@ class FakeEvaluator:
         try:
             if fault == "raise":
                 raise ValueError("made to fail")
-            compressed, model = self.build(policy)
-            for step in range(1, 1 + 2 * policy.recovery.epochs):
-                if progress is not None:
-                    progress(step, 2 * policy.recovery.epochs)
+            compressed, model = self.build(policy, progress)
             quality = self.quality(model)
             if screened:  # a part of `val` says something a little different
                 wobble = 1 + 0.02 * math.sin(int(policy.key()[:6], 16))
@@ -277,8 +274,11 @@ class FakeEvaluator:
         """What a runner runs."""
         return self(job.policy, job.rung, job.keep, screen=job.screen)
 
-    def build(self, policy: Policy) -> tuple[FakeModel, FakeModel]:
-        """The policy stands for its tensors and for its model."""
+    def build(self, policy: Policy, progress: Progress | None = None) -> tuple[FakeModel, FakeModel]:
+        """The policy stands for its tensors and for its model; an epoch has two steps."""
+        for step in range(1, 1 + 2 * policy.recovery.epochs):
+            if progress is not None:
+                progress(step, 2 * policy.recovery.epochs)
         return FakeModel(policy), FakeModel(policy)
 
     def quality(self, model: FakeModel) -> Quality:
@@ -414,6 +414,7 @@ class World:
 
     def settings(self, **given: Any) -> Settings:
         plain = {"task": "fake", "budgets": ("1.5kB",), "space": str(self.space), "controller": "random", "trials": 20}
+        plain |= {"fresh": True}
         return Settings(**(plain | given))
 
     def search(self, *, resume: bool = False, folder: Path | None = None, **given: Any) -> Outcome:

@@ -17,14 +17,16 @@ class Controller(Protocol):
     """
 
     def ask(self, parent: Policy | None = None, epochs: int = 0) -> Policy:
-        """A one-shot policy; or `parent` with a proposal of recovery training for `epochs`.
+        """A one-shot policy; or `parent` with a proposal of recovery training for `epochs`, those of the first rung.
+
+        Who climbs to a rung above keeps what it was trained with: that is not asked for, only told.
 
         May exceed the budget: tell it `infeasible`, and the next proposal is a repaired one.
         """
         ...
 
     def tell(self, evaluation: Evaluation) -> None:
-        """What became of a policy that `ask` returned, or of one that was measured again on all of `val`."""
+        """What became of a policy: one that `ask` returned, was measured again on all of `val`, or climbed a rung."""
         ...
 
     def restore(self, evaluations: Iterable[Evaluation]) -> None:

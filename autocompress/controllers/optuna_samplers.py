@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from autocompress.controllers.recovery import RecoveryProposer, distribution
 from autocompress.policy import Policy
-from autocompress.space import Ordered, Parameter, Real, Space
+from autocompress.space import Space
 from autocompress.trial import Budget, Evaluation, Measurement
 
 Predict = Callable[[Policy], Measurement]
@@ -66,7 +66,8 @@ class OptunaController:
         self._sampler, self._space, self._budget, self._predict, self._seed = sampler, space, budget, predict, seed
         self._baselines = deque(p for p in space.baselines() if self._excess(p) <= 0)
         self._pending: dict[str, Trial] = {}
-        self._waiting = 0
+        self._waiting: list[str] = []  # keys of proposals that the study learns of when they are told
+        self.recovery = RecoveryProposer(space)
         self._repair: Policy | None = None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         directions: list[Any] = ["minimize"] * (2 if budget.ms is None else 3)
@@ -83,20 +84,21 @@ class OptunaController:
 
     def ask(self, parent: Policy | None = None, epochs: int = 0) -> Policy:
         """See `Controller`. The sampler's generator depends on the seed and the trial's number alone."""
-        number = len(self.study.get_trials(deepcopy=False)) + self._waiting
-        if parent is None and (proposal := self._propose(number)) is not None:
-            self._waiting += 1  # nothing is left to sample: the study learns of it when it is told
+        number = len(self.study.get_trials(deepcopy=False)) + len(self._waiting)
+        proposal = self._propose(number) if parent is None else self._recovered(parent, epochs, number)
+        if proposal is not None:
+            self._waiting.append(proposal.key())
             return proposal
         self.study.sampler = SAMPLERS[self._sampler](mix(self._seed, number))
-        if parent is not None:
-            self.study.enqueue_trial(self._space.encode(parent))
-        trial = self._ask(recovery=parent is not None)
-        if parent is not None:
-            policy = self._space.with_recovery(parent, trial.params, epochs)
-        else:
-            policy = self._space.decode(trial.params)
+        trial = self.study.ask({p.name: distribution(p) for p in self._space.policy_parameters})
+        policy = self._space.decode(trial.params)
         self._pending[policy.key()] = trial
         return policy
+
+    def _recovered(self, parent: Policy, epochs: int, number: int) -> Policy:
+        """`parent` with recovery training; its parameters have a sampler of their own."""
+        share = self._predict(parent).bytes / self._space.graph.dense_bytes
+        return self.recovery.propose(parent, epochs, share, mix(self._seed, number))
 
     def _propose(self, number: int) -> Policy | None:
         """A policy to evaluate as it is; None leaves it to the sampler."""
@@ -105,21 +107,17 @@ class OptunaController:
             return self._space.shrink(repair, self._excess, mix(self._seed, number))
         return self._baselines.popleft() if self._baselines else None
 
-    def _ask(self, *, recovery: bool) -> Trial:
-        parameters = self._space.policy_parameters
-        if recovery:
-            parameters += self._space.recovery_parameters
-        return self.study.ask({p.name: distribution(p) for p in parameters})
-
     def tell(self, evaluation: Evaluation) -> None:
         """See `Controller`."""
         trial = self._pending.pop(evaluation.policy.key(), None)
         if trial is None:
-            self._waiting = max(0, self._waiting - 1)
+            if evaluation.policy.key() in self._waiting:
+                self._waiting.remove(evaluation.policy.key())
             self.study.add_trial(self._frozen(evaluation))
         else:
             self._finish(trial, evaluation)
         self._after(evaluation)
+        self.recovery.learn(evaluation)
         self._learn(evaluation)
 
     def _finish(self, trial: Trial, evaluation: Evaluation) -> None:
@@ -142,21 +140,21 @@ class OptunaController:
             promotion = not evaluation.screened and not evaluation.rung and evaluation.policy.key() in screened
             if evaluation.screened:
                 screened.add(evaluation.policy.key())
-            if self._sampler == "nsga2" and not promotion:
+            if self._sampler == "nsga2" and not promotion and not evaluation.rung:
                 self._replay(evaluation)
             else:
                 if self._baselines and evaluation.policy == self._baselines[0]:
                     self._baselines.popleft()
                 self.study.add_trial(self._frozen(evaluation))
                 self._after(evaluation)
+                self.recovery.learn(evaluation)
                 self._learn(evaluation)
 
     def _replay(self, evaluation: Evaluation) -> None:
         """Ask as then, and tell: NSGA-II marks generations on the trials it is asked for."""
-        policy, epochs = evaluation.policy, evaluation.policy.recovery.epochs
-        asked = self.ask(policy.without_recovery(), epochs) if epochs else self.ask()
+        asked = self.ask()
         if asked.key() in self._pending:
-            self._pending[policy.key()] = self._pending.pop(asked.key())
+            self._pending[evaluation.policy.key()] = self._pending.pop(asked.key())
         self.tell(evaluation)
 
     def _after(self, evaluation: Evaluation) -> None:
@@ -192,15 +190,6 @@ class OptunaController:
         attributes["quality"] = measured.quality
         values = [measured.loss, float(measured.bytes), measured.latency_ms]
         return values[: len(self.study.directions)], self._budget.excess(measured), attributes
-
-
-def distribution(parameter: Parameter) -> BaseDistribution:
-    """Ordered choices become integer indices, so that samplers see their order."""
-    if isinstance(parameter, Ordered):
-        return IntDistribution(0, len(parameter.values) - 1)
-    if isinstance(parameter, Real):
-        return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
-    return CategoricalDistribution(parameter.values)
 
 
 def mix(seed: int, number: int) -> int:

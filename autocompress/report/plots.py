@@ -55,8 +55,8 @@ def front_png(run: Run, width: float = 7.0, height: float = 4.4, dpi: int = 150)
         linewidths=0,
     )
     axes.plot([t.measured.bytes for t in front], [t.measured.quality for t in front], "-", color=BLUE, lw=1.6, zorder=3)
-    for rung, marker in ((0, "o"), (1, "D")):
-        members = [t for t in front if t.evaluation.rung == rung]
+    for trained, marker in ((False, "o"), (True, "D")):
+        members = [t for t in front if bool(t.evaluation.rung) == trained]
         axes.plot(
             [t.measured.bytes for t in members],
             [t.measured.quality for t in members],

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pandas as pd
 
+from autocompress.ablation import read_ablation, summarise
 from autocompress.errors import AutocompressError
 from autocompress.front import Trial, Wish, feasible, front_of, nearest, pick
 from autocompress.journal import Journal
+from autocompress.policy import Recovery
 from autocompress.study import Settings, read_config
 from autocompress.trial import Budget, Measurement
 
@@ -29,10 +32,18 @@ COLUMNS = {
     "loss": "float64",
     "feasible": "bool",
     "screened": "bool",
+    "epochs": "int64",
+    "parent": "Int64",
+    "quality_before": "float64",
+    "bytes_before": "Int64",
+    "recipe": "str",
     "policy": "str",
     "artifact": "str",
 }
-"""Columns of `front.csv` and `trials.csv`, and keys of the rows that `--json` prints."""
+"""Columns of `front.csv` and `trials.csv`, and keys of the rows that `--json` prints.
+
+`quality_before` and `bytes_before` are what the one-shot policy had that a recovery training began with (`parent`).
+"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,8 @@ class Run:
     warnings: Sequence[str]
     profile: dict[str, Any] | None = None
     latency_table: dict[str, Any] | None = None
+    lessons: int = 0
+    ablations: Sequence[dict[str, Any]] = ()
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -82,6 +95,8 @@ class Run:
                 journal.fact("warnings") or (),
                 _profile(journal),
                 _latency_table(journal),
+                len(journal.fact("lessons") or ()),
+                _ablations(folder),
             )
 
     @property
@@ -100,18 +115,33 @@ class Run:
         """The trial that misses the budget by least."""
         return nearest(self.trials, self.budget)
 
+    @cached_property
+    def parents(self) -> dict[str, Trial]:
+        """One-shot trials by the key of their policy, those that were scored on all of `val` where there are."""
+        shots = [
+            t for t in self.trials if t.evaluation.status == "ok" and not t.evaluation.rung
+            and t.evaluation.copy_of is None
+        ]  # fmt: skip
+        return {t.evaluation.policy.key(): t for t in sorted(shots, key=lambda t: not t.evaluation.screened)}
+
+    def row(self, trial: Trial) -> dict[str, Any]:
+        """`row` of a trial of this run."""
+        return row(trial, self.budget, self.parents)
+
     @property
     def evaluations(self) -> int:
         """Trials that were really measured."""
         return sum(t.evaluation.status != "infeasible" and t.evaluation.copy_of is None for t in self.trials)
 
 
-def row(trial: Trial, budget: Budget) -> dict[str, Any]:
-    """One `ok` trial under the names of `COLUMNS`."""
-    measured = trial.measured
+def row(trial: Trial, budget: Budget, parents: Mapping[str, Trial]) -> dict[str, Any]:
+    """One `ok` trial under the names of `COLUMNS`; `parents` are one-shot trials by the key of their policy."""
+    measured, evaluation = trial.measured, trial.evaluation
+    recovery = evaluation.policy.recovery
+    parent = parents.get(evaluation.policy.without_recovery().key()) if recovery.epochs else None
     return {
         "trial": trial.number,
-        "rung": trial.evaluation.rung,
+        "rung": evaluation.rung,
         "quality_val": measured.quality,
         "quality_test": trial.quality_test,
         "bytes": measured.bytes,
@@ -120,16 +150,38 @@ def row(trial: Trial, budget: Budget) -> dict[str, Any]:
         "macs": measured.macs,
         "loss": measured.loss,
         "feasible": budget.excess(measured) <= 0,
-        "screened": trial.evaluation.screened,
-        "policy": trial.evaluation.policy.key(),
+        "screened": evaluation.screened,
+        "epochs": recovery.epochs,
+        "parent": parent.number if parent else None,
+        "quality_before": parent.measured.quality if parent else math.nan,
+        "bytes_before": parent.measured.bytes if parent else None,
+        "recipe": recipe_text(recovery) if recovery.epochs else "",
+        "policy": evaluation.policy.key(),
         "artifact": trial.artifact,
     }
 
 
-def table(trials: Sequence[Trial], budget: Budget) -> pd.DataFrame:
+def recipe_text(recovery: Recovery) -> str:
+    """How a model was trained, in a line; what was not used is left out."""
+    r = recovery
+    parts = [
+        f"rate {r.lr:.3g}, {r.decay}" + (f" to {r.decay_rate:.2g} of it" if r.decay != "constant" else ""),
+        f"{r.warmup:.0%} warm-up" if r.warmup else "",
+        f"x{r.adjust_factor:g} on a plateau" if r.adjust_factor < 1 else "",
+        f"distillation {r.distill_weight:.2f} at temperature {r.temperature:.2g}" if r.distill_weight else "",
+        f"hints {r.hint_weight:.2g}" if r.hint_weight else "",
+        f"gradients: {r.gradient}" if r.gradient != "none" else "",
+        "learned scales" if r.scales == "learned" else "",
+        f"mean of weights {r.ema:g}" if r.ema else "",
+        "" if r.reestimate_bn else "trained statistics",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def table(trials: Sequence[Trial], budget: Budget, parents: Mapping[str, Trial]) -> pd.DataFrame:
     """Measured trials with typed columns; copies of others are left out."""
     measured = (t for t in trials if t.evaluation.status == "ok" and t.evaluation.copy_of is None)
-    rows = [row(trial, budget) for trial in measured]
+    rows = [row(trial, budget, parents) for trial in measured]
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 
@@ -155,6 +207,7 @@ def summary(run: Run) -> dict[str, Any]:
                 "peak_memory_mib": run.peak_memory_mib,
                 "profile": run.profile,
                 "latency_table": run.latency_table,
+                "lessons": run.lessons,
                 "budget": {"bytes": run.budget.bytes, "latency_ms": run.budget.ms, "macs": run.budget.macs},
                 "dense": {
                     "quality_val": run.dense.quality,
@@ -162,9 +215,9 @@ def summary(run: Run) -> dict[str, Any]:
                     "latency_ms": run.dense.latency_ms,
                     "macs": run.dense.macs,
                 },
-                "front": [row(trial, run.budget) for trial in run.front],
-                "picked": row(picked, run.budget) if picked else None,
-                "nearest": row(run.nearest, run.budget) if picked is None and run.nearest else None,
+                "front": [run.row(trial) for trial in run.front],
+                "picked": run.row(picked) if picked else None,
+                "nearest": run.row(run.nearest) if picked is None and run.nearest else None,
                 "warnings": list(run.warnings),
             }
         )
@@ -200,6 +253,12 @@ def _latency_table(journal: Journal) -> dict[str, Any] | None:
         "error": round(table["error"], 4),
         "error_on_trials": round(median(abs(told / ms - 1) for told, ms in pairs), 4) if pairs else None,
     }
+
+
+def _ablations(folder: Path) -> list[dict[str, Any]]:
+    """What `autocompress ablate` found, by trial; what cannot be read is left out."""
+    found = [read_ablation(path) for path in folder.glob("ablation-trial-*.json")]
+    return sorted((summarise(a) for a in found if a is not None), key=lambda a: int(a["trial"]))
 
 
 def size_text(count: float) -> str:

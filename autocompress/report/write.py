@@ -18,14 +18,14 @@ from autocompress.errors import ArtifactError
 from autocompress.files import write
 from autocompress.front import Trial
 from autocompress.report.plots import front_figure, front_png, policy_figure, progress_figure
-from autocompress.report.tables import Run, row, size_text, table
+from autocompress.report.tables import Run, recipe_text, size_text, table
 
 
 def write_report(folder: Path) -> Run:
     """Write every file of the report; works on a finished, running or interrupted run. Raises `RunError`."""
     run = Run.read(folder)
-    write(folder / "front.csv", table(run.front, run.budget).to_csv(index=False).encode())
-    write(folder / "trials.csv", table(run.trials, run.budget).to_csv(index=False).encode())
+    write(folder / "front.csv", table(run.front, run.budget, run.parents).to_csv(index=False).encode())
+    write(folder / "trials.csv", table(run.trials, run.budget, run.parents).to_csv(index=False).encode())
     if run.front:
         write(folder / "front.png", front_png(run))
     write(folder / "report.html", render(run).encode())
@@ -37,7 +37,7 @@ def render(run: Run) -> str:
     environment = Environment(
         loader=PackageLoader("autocompress", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"size": size_text, "quality": _quality, "quoted": lambda path: shlex.quote(str(path))}
+    environment.filters |= {"size": size_text, "quality": _quality, "recipe": recipe_text, "quoted": lambda path: shlex.quote(str(path))}
     shown = run.picked or run.nearest
     figures = []
     if shown is not None:
@@ -49,9 +49,9 @@ def render(run: Run) -> str:
         ]
     return environment.get_template("report.html.j2").render(
         run=run,
-        shown=row(shown, run.budget) if shown else None,
+        shown=run.row(shown) if shown else None,
         policy=shown.evaluation.policy if shown else None,
-        rows=[row(trial, run.budget) for trial in run.front],
+        rows=[run.row(trial) for trial in run.front],
         figures=figures,
         failures=[t for t in run.trials if t.evaluation.status == "failed"],
         config=json.dumps(run.config, indent=2),

@@ -1,0 +1,187 @@
+"""Proposes recovery training: known good recipes first, then a multivariate TPE on what trainings were worth.
+
+What a training is worth is log(loss after / loss of its one-shot policy), which compares across sizes. A proposal is
+for a rung (epochs) and a place on the budget axis (share of the dense bytes): the effect of both on the worth, as far as
+it is linear in their logarithms, is taken out, and lessons from elsewhere count as worse the farther away they are.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import TPESampler
+
+from autocompress.lessons import Lesson
+from autocompress.policy import Policy, Recovery
+from autocompress.space import Ordered, Parameter, Real, Space, Value
+from autocompress.trial import Evaluation
+
+USUAL: dict[str, Value] = {
+    "lr": 0.02,
+    "decay": "cosine",
+    "decay_rate": 0.01,
+    "warmup": 0.0,
+    "adjust_factor": 1.0,
+    "adjust_patience": 2,
+    "adjust_cooldown": 0,
+    "distill_weight": 0.9,
+    "temperature": 4.0,
+    "hint_weight": 0.0,
+    "gradient": "none",
+    "scales": "fixed",
+    "ema": 0.0,
+}
+"""A recipe that is good for most models."""
+RECIPES: tuple[dict[str, Value], ...] = (
+    {"distill_weight": 1.0},
+    {},
+    {"distill_weight": 1.0, "scales": "learned", "ema": 0.99},
+    {"distill_weight": 1.0, "lr": 0.04, "decay": "one-cycle", "warmup": 0.1},
+    {"distill_weight": 1.0, "gradient": "centralise", "lr": 0.01},
+)
+"""What is tried first, each as a change of `USUAL`, as far as the space allows it."""
+SAFE = 0.5
+"""After a training diverged, later ones stay below this share of its learning rate."""
+RIDGE = 1.0
+FAR = 0.5
+"""What an octave of epochs or bytes away from where a proposal is for costs a lesson, in standard deviations."""
+
+
+def distribution(parameter: Parameter) -> BaseDistribution:
+    """Ordered choices become integer indices, so that samplers see their order."""
+    if isinstance(parameter, Ordered):
+        return IntDistribution(0, len(parameter.values) - 1)
+    if isinstance(parameter, Real):
+        return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
+    return CategoricalDistribution(parameter.values)
+
+
+class RecoveryProposer:
+    """Learns from evaluations what trainings are worth; proposals are a function of these and of a seed."""
+
+    def __init__(self, space: Space, earlier: Iterable[Lesson] = ()) -> None:
+        """`earlier` is what earlier searches of the same model and data have learned."""
+        self._space, self.earlier = space, list(earlier)
+        self.lessons: list[Lesson] = []
+        self._tried: list[Recovery] = []
+        self._losses: dict[str, float] = {}
+        self._ceiling = math.inf
+
+    def learn(self, evaluation: Evaluation) -> None:
+        """Remember a one-shot policy's loss, a training's worth, or a learning rate that diverged."""
+        recovery, measured = evaluation.policy.recovery, evaluation.measurement
+        if recovery.epochs:
+            self._tried.append(recovery)
+        if evaluation.status == "failed" and recovery.epochs and "FloatingPointError" in evaluation.error:
+            self._ceiling = min(self._ceiling, SAFE * recovery.lr)
+        if evaluation.status != "ok" or measured is None:
+            return
+        key = evaluation.policy.without_recovery().key()
+        if not recovery.epochs:
+            self._losses[key] = measured.loss
+        elif measured.loss > 0 and self._losses.get(key, 0.0) > 0:
+            share = measured.bytes / self._space.graph.dense_bytes
+            self.lessons.append(Lesson(recovery, share, math.log(measured.loss / self._losses[key])))
+
+    def propose(self, parent: Policy, epochs: int, share: float, seed: int) -> Policy:
+        """`parent` with `epochs` of recovery training; its file takes about `share` of the dense bytes."""
+        choices = self._distributions()
+        new = (r for r in self._recipes(choices) if not any(_taken(r, choices, known) for known in self._known()))
+        point = next(new, None)
+        if point is None:
+            point = self._sampled(choices, epochs, share, seed)
+        policy = self._space.with_recovery(parent, point, epochs)
+        self._tried.append(policy.recovery)  # another worker may ask before this one is told
+        return policy
+
+    def _known(self) -> list[Recovery]:
+        return [*self._tried, *(lesson.recovery for lesson in self.earlier)]
+
+    def _distributions(self) -> dict[Parameter, BaseDistribution]:
+        """What is open, with the learning rate below the ceiling as far as the space reaches."""
+        found: dict[Parameter, BaseDistribution] = {}
+        for p in self._space.recovery_parameters:
+            if p.name == "recovery/lr" and isinstance(p, Real):
+                p = replace(p, high=max(p.low, min(p.high, self._ceiling)))  # noqa: PLW2901
+            found[p] = distribution(p)
+        return found
+
+    def _recipes(self, choices: Mapping[Parameter, BaseDistribution]) -> list[dict[str, Value]]:
+        """The known recipes within the space, without repeats."""
+        found: list[dict[str, Value]] = []
+        for changes in RECIPES:
+            wanted = USUAL | changes
+            recipe = {p.name: _nearest(p, wanted.get(p.name.removeprefix("recovery/"))) for p in choices}
+            if recipe not in found:
+                found.append(recipe)
+        return found
+
+    def _sampled(
+        self, choices: Mapping[Parameter, BaseDistribution], epochs: int, share: float, seed: int
+    ) -> dict[str, Value]:
+        """One draw of the TPE; of the prior while there are no lessons."""
+        lessons = [*self.earlier, *self.lessons]
+        points = [_point(lesson.recovery, choices) for lesson in lessons]
+        known = [(lesson, point) for lesson, point in zip(lessons, points, strict=True) if point is not None]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = TPESampler(seed=seed, multivariate=True, n_startup_trials=1)
+        study = optuna.create_study(sampler=sampler)
+        named = {p.name: distribution for p, distribution in choices.items()}
+        for (_, point), value in zip(known, _worths([lesson for lesson, _ in known], epochs, share), strict=True):
+            study.add_trial(optuna.trial.create_trial(params=point, distributions=named, value=value))
+        return dict(study.ask(named).params)
+
+
+def _worths(lessons: Sequence[Lesson], epochs: int, share: float) -> list[float]:
+    """Per lesson what it says of a training of `epochs` at `share`, lower is better.
+
+    The gain less its ridge regression on the logarithms of epochs and share, plus a price for being elsewhere.
+    """
+    if not lessons:
+        return []
+    places = np.log2([[lesson.recovery.epochs, lesson.share] for lesson in lessons])
+    gains = np.array([lesson.gain for lesson in lessons])
+    x, y = places - places.mean(axis=0), gains - gains.mean()
+    slope = np.linalg.solve(x.T @ x + RIDGE * np.eye(2), x.T @ y)
+    rest = y - x @ slope
+    away = np.abs(places - np.log2([epochs, share])).sum(axis=1)
+    return [float(v) for v in rest + FAR * max(float(rest.std()), 1e-3) * away]
+
+
+def _nearest(p: Parameter, wanted: Any) -> Value:
+    """The parameter's value that is nearest to `wanted`; its first if that has none near."""
+    if isinstance(p, Real):
+        return min(p.high, max(p.low, float(wanted))) if wanted is not None else p.low
+    if isinstance(p, Ordered):
+        return min(range(len(p.values)), key=lambda i: abs(p.values[i] - (wanted or 0)))
+    return wanted if wanted in p.values else p.values[0]
+
+
+def _point(recovery: Recovery, choices: Mapping[Parameter, BaseDistribution]) -> dict[str, Value] | None:
+    """The values of a recipe; None if it lies outside of what is open."""
+    found: dict[str, Value] = {}
+    for p in choices:
+        value = getattr(recovery, p.name.removeprefix("recovery/"))
+        if isinstance(p, Real):
+            if not p.low <= value <= p.high:
+                return None
+        elif value not in p.values:
+            return None
+        found[p.name] = p.values.index(value) if isinstance(p, Ordered) else value
+    return found
+
+
+def _taken(recipe: Mapping[str, Value], choices: Mapping[Parameter, BaseDistribution], known: Recovery) -> bool:
+    point = _point(known, choices)
+    return point is not None and all(
+        math.isclose(value, point[name], rel_tol=1e-9) if isinstance(value, float) else value == point[name]
+        for name, value in recipe.items()
+    )
