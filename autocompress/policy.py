@@ -18,8 +18,9 @@ from autocompress.errors import PolicyError
 Scheme = Literal["symmetric", "asymmetric"]
 Solver = Literal["nearest", "database"]
 Criterion = Literal["l1", "l2", "taylor", "entropy", "gini", "reconstruction"]
-Decay = Literal["constant", "step", "exponential", "cosine", "polynomial"]
-Gradient = Literal["none", "centralise", "standardise"]
+Decay = Literal["constant", "step", "exponential", "cosine", "polynomial", "one-cycle"]
+Gradient = Literal["none", "centralise", "standardise", "clip"]
+Scales = Literal["fixed", "learned"]
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 """Weight widths: a sign times the row's scale, integers on an affine grid up to 8, IEEE half and single precision."""
@@ -81,8 +82,11 @@ class Recovery:
     """How a compressed model is repaired: batch-norm handling, then `epochs` of recovery training.
 
     `decay_rate` is the share of the peak learning rate that is left at the end, whatever the decay kind.
-    `adjust_factor` of 1 turns the plateau adjustment off. `distill_weight` mixes the task's loss (0) with the
-    teacher's soft targets (1); `hint_weight` adds the distance between hidden features.
+    `warmup` is the share of all steps in which the rate rises to its peak; a one-cycle decay of 0 takes 0.3.
+    `adjust_factor` of 1 turns the plateau adjustment off; `adjust_patience` and `adjust_cooldown` count its reports.
+    `distill_weight` mixes the task's loss (0) with the teacher's soft targets (1); `hint_weight` adds the distance
+    between hidden features. `scales` says whether the grids' scales are trained with the weights. `ema` is the decay
+    per step of an exponential moving average of the weights, which is what is kept then; 0 is off.
     """
 
     epochs: int = 0
@@ -97,6 +101,10 @@ class Recovery:
     gradient: Gradient = "none"
     reestimate_bn: bool = True
     fold_bn: bool = True
+    warmup: float = 0.0
+    adjust_cooldown: int = 0
+    scales: Scales = "fixed"
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         _canonical(self)
@@ -110,6 +118,19 @@ class Recovery:
         _require(self.temperature > 0.0, "temperature", self.temperature, "above 0")
         _require(self.hint_weight >= 0.0, "hint_weight", self.hint_weight, "0 or more")
         _one_of("gradient", self.gradient, Gradient)
+        _require(0.0 <= self.warmup <= 0.5, "warmup", self.warmup, "in [0, 0.5]")
+        _require(self.adjust_cooldown >= 0, "adjust_cooldown", self.adjust_cooldown, "0 or more")
+        _one_of("scales", self.scales, Scales)
+        _require(0.0 <= self.ema < 1.0, "ema", self.ema, "in [0, 1)")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data. What came later is named only where it is used, so that older policies keep their keys."""
+        known = asdict(self)
+        return {name: value for name, value in known.items() if name not in _LATER or value != _LATER[name]}
+
+
+_LATER = {"warmup": 0.0, "adjust_cooldown": 0, "scales": "fixed", "ema": 0.0}
+"""Defaults of the fields that the first format of a policy did not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +178,7 @@ class Policy:
             "keep": dict(self.keep),
             "criterion": self.criterion,
             "solver": self.solver,
-            "recovery": asdict(self.recovery),
+            "recovery": self.recovery.to_json(),
         } | self._kernels()
 
     def _kernels(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from autocompress.artifact.layout import weight_entry
 from autocompress.errors import SpaceError
 from autocompress.graph import Graph, Group, Layer, Shape
-from autocompress.policy import BITS, Criterion, Decay, Gradient, LayerChoice, Policy, Recovery, Scheme, Solver
+from autocompress.policy import BITS, Criterion, Decay, Gradient, LayerChoice, Policy, Recovery, Scales, Scheme, Solver
 
 Value = int | float | str | bool
 
@@ -83,6 +83,7 @@ Share = Annotated[list[Annotated[float, Field(ge=0, le=1)]], AfterValidator(_ris
 Rate = Annotated[list[Annotated[float, Field(gt=0, le=10)]], AfterValidator(_rising)]
 Temperature = Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], AfterValidator(_rising)]
 HintWeight = Annotated[list[Annotated[float, Field(ge=0, le=1e6)]], AfterValidator(_rising)]
+Warmup = Annotated[list[Annotated[float, Field(ge=0, le=0.5)]], AfterValidator(_rising)]
 PositiveShare = Annotated[list[Annotated[float, Field(gt=0, le=1)]], AfterValidator(_rising)]
 
 
@@ -126,10 +127,14 @@ class RecoverySection(_Section):
     decay_rate: PositiveShare = [0.01, 0.01]
     adjust_factor: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1.0]
     adjust_patience: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [2]
+    adjust_cooldown: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
     distill_weight: Share = [0.9, 0.9]
     temperature: Temperature = [4.0, 4.0]
     hint_weight: HintWeight = [0.0, 0.0]
     gradient: Annotated[list[Gradient], Field(min_length=1)] = ["none"]
+    warmup: Warmup = [0.0, 0.0]
+    scales: Annotated[list[Scales], Field(min_length=1)] = ["fixed"]
+    ema: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)] = [0.0]
 
 
 class Override(_Section):
@@ -279,10 +284,14 @@ class Space:
             Real("recovery/decay_rate", r.decay_rate[0], r.decay_rate[1], log=True),
             Ordered("recovery/adjust_factor", tuple(sorted(set(r.adjust_factor)))),
             Ordered("recovery/adjust_patience", tuple(sorted(set(r.adjust_patience)))),
+            Ordered("recovery/adjust_cooldown", tuple(sorted(set(r.adjust_cooldown)))),
             Real("recovery/distill_weight", r.distill_weight[0], r.distill_weight[1]),
             Real("recovery/temperature", r.temperature[0], r.temperature[1], log=True),
             Real("recovery/hint_weight", r.hint_weight[0], r.hint_weight[1]),
             Categorical("recovery/gradient", _distinct(r.gradient)),
+            Real("recovery/warmup", r.warmup[0], r.warmup[1]),
+            Categorical("recovery/scales", _distinct(r.scales)),
+            Ordered("recovery/ema", tuple(sorted(set(r.ema)))),
         ]
         return tuple(p for p in found if (p.low < p.high if isinstance(p, Real) else len(p.values) > 1))
 
@@ -315,10 +324,14 @@ class Space:
             "decay_rate": r.decay_rate[0],
             "adjust_factor": max(r.adjust_factor),
             "adjust_patience": max(r.adjust_patience),
+            "adjust_cooldown": max(r.adjust_cooldown),
             "distill_weight": r.distill_weight[0],
             "temperature": r.temperature[0],
             "hint_weight": r.hint_weight[0],
             "gradient": r.gradient[0],
+            "warmup": r.warmup[0],
+            "scales": r.scales[0],
+            "ema": max(r.ema),
         }
         for parameter in self.recovery_parameters:
             if parameter.name in point:
