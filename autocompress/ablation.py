@@ -1,4 +1,4 @@
-"""What each ingredient of a recovery training is worth: one trial's policy trained again with one of them off at a time.
+"""What each ingredient of a recovery training is worth: a policy is trained again with one of them off at a time.
 
 Every training is written to a file of the run folder before the next begins, so an ablation that was interrupted goes
 on. Reads `val` only.

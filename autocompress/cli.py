@@ -120,7 +120,10 @@ def search(
         bool,
         typer.Option("--fresh", help="Do not start from what earlier searches of this model learned about recovery."),
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal searches.  [default: 0]")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Equal seeds give equal searches, where recovery is trained with --fresh.  [default: 0]"),
+    ] = None,
     controller: Annotated[
         str | None, typer.Option(help="Who proposes: solver, tpe, nsga2, gp or random.  [default: solver]")
     ] = None,
@@ -250,7 +253,9 @@ def _conclude(run: Run, *, as_json: bool) -> None:
             markup=False,
         )
     if run.lessons:
-        out.print(f"Recovery began with what {run.lessons} trainings of earlier searches had taught (--fresh does not).")
+        out.print(
+            f"Recovery began with what {run.lessons} trainings of earlier searches had taught (--fresh does not)."
+        )
     for warning in run.warnings:
         err.print(f"[yellow]warning:[/] {escape(warning)}")
     failed = [t for t in run.trials if t.evaluation.status == "failed"]
@@ -276,10 +281,10 @@ def _front_table(run: Run) -> Table:
     shown = Table(title=escape(title), title_justify="left")
     timed = run.budget.ms is not None
     names = ["trial", f"{escape(run.metric)} val", "test", "bytes", "of original", "ms"]
-    for name in (*names, *(["predicted", "speed-up"] if timed else []), "recovered"):
+    for name in (*names, *(["predicted", "speed-up"] if timed else []), "before recovery"):
         shown.add_column(name, justify="right")
     for t in run.front:
-        m = t.measured
+        m, before = t.measured, run.row(t)["quality_before"]
         shown.add_row(
             str(t.number),
             f"{m.quality:.4f}",
@@ -288,7 +293,7 @@ def _front_table(run: Run) -> Table:
             f"{m.bytes / run.dense.bytes:.1%}",
             f"{m.latency_ms:.3g}",
             *([f"{m.predicted_ms:.3g}", f"{run.dense.latency_ms / m.latency_ms:.2f}x"] if timed else []),
-            "yes" if t.evaluation.rung else "",
+            "" if math.isnan(before) else f"{before:.4f}",
         )
     return shown
 
@@ -324,8 +329,10 @@ def _glance(p: Progress) -> str:
     best = "none yet"
     if p.best is not None:
         best = f"{p.best.measured.quality:.4f} at {p.best.measured.bytes:,} bytes"
-    detail = f" ({p.detail})" if p.detail else ""
+    detail = f" ({escape(p.detail)})" if p.detail else ""
     left = "" if p.left is None else f" | about {p.left:.0f} s left"
+    if p.stage == "ablating":
+        return f"{p.stage} {p.done}/{p.total}{detail} | {p.seconds:.0f} s{left}"
     return (
         f"{p.stage} {p.done}/{p.total}{detail} | {p.evaluations} evaluations, {p.seconds:.0f} s | "
         f"best in budget: {best} | front {p.front}{left}"
@@ -351,7 +358,49 @@ def _graceful() -> Iterator[Callable[[Study], None]]:
         signal.signal(signal.SIGINT, previous)
 
 
-# --- report, pick, export -------------------------------------------------------------------------------
+# --- ablate, report, pick, export -------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog=_examples(
+        "autocompress ablate runs/NAME --trial 12", "autocompress ablate runs/NAME --trial 12 --seeds 5 --epochs 2"
+    )
+)
+def ablate(
+    run_folder: RunFolder,
+    trial: Annotated[int, typer.Option("--trial", help="A trial with recovery training.", metavar="N")],
+    seeds: Annotated[int, typer.Option(help="Trainings of each recipe, with different seeds.")] = 3,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of each training.  [default: those of the trial]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="The Markdown table.  [default: RUN/ablation-trial-N.md]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a trial again with one ingredient of its recovery off at a time, with several seeds: what is each worth?
+
+    Always trains without distillation and at a constant rate as well. Every training is kept, so the same command
+    continues one that was interrupted. Reads val only; the report shows the table.
+    """
+    from autocompress.ablation import ablate as run_ablation
+    from autocompress.report.tables import plain
+
+    with _progress() as watch:
+        found = run_ablation(run_folder, trial, seeds=seeds, epochs=epochs, out=output, watch=watch)
+    out.print(_ablation_table(found))
+    out.print(f"Written: {output or run_folder / f'ablation-trial-{trial}.md'}", soft_wrap=True, markup=False)
+    if as_json:
+        _print_json(plain({"run": str(run_folder), **found}))
+
+
+def _ablation_table(found: dict[str, Any]) -> Table:
+    title = f"Trial {found['trial']}, {found['epochs']} epoch(s): {found['metric']} on val"
+    shown = Table(title=escape(title), title_justify="left")
+    for name in ("recipe", "n", "failed", "mean", "std", "against full", "std"):
+        shown.add_column(name, justify="left" if name == "recipe" else "right")
+    for r in found["rows"]:
+        numbers = [r[name] for name in ("mean", "std", "difference", "difference_std")]
+        shown.add_row(r["variant"], str(r["n"]), str(r["failed"]), *("" if x is None else f"{x:.4f}" for x in numbers))
+    return shown
 
 
 @app.command(epilog=_examples("autocompress report runs/NAME"))
@@ -434,9 +483,7 @@ def pick_(
     out.print(f"{command} --format {run.settings.format}", soft_wrap=True)
     if as_json:
         _print_json(
-            plain(
-                {"run": str(run_folder), **run.row(chosen), "policy_json": chosen.evaluation.policy.to_json()}
-            )
+            plain({"run": str(run_folder), **run.row(chosen), "policy_json": chosen.evaluation.policy.to_json()})
         )
 
 

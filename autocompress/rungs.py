@@ -196,9 +196,15 @@ class Pace:
         return sum(count * self.of(e) for count, e in zip(trainings, epochs, strict=True))
 
 
-def affordable(first: int, epochs: Sequence[int], pace: Pace, left: float) -> int:
-    """The largest first rung, of at most `first`, whose members can climb to the last in `left` seconds; 1 at least."""
-    while first > 1 and pace.total(counts(first, len(epochs)), epochs) > left:
+def affordable(first: int, made: Sequence[int], epochs: Sequence[int], pace: Pace, left: float) -> int:
+    """The largest first rung, of at most `first`, whose members can all climb as far as they may in `left` seconds.
+
+    `made` trainings of each rung need no more time. At least what was made, and 1.
+    """
+    while first > max(1, made[0]):
+        waiting = [max(0, n - m) for n, m in zip(counts(first, len(epochs)), made, strict=True)]
+        if pace.total(waiting, epochs) <= left:
+            break
         first -= 1
     return first
 
@@ -266,11 +272,15 @@ class Climb:
 
     def starts(self) -> int:
         """How many more may start: of those asked for, who can climb to the last rung in the time that is left."""
-        started, pace = sum(m.rung == 1 for m in self.members()), self.pace()
-        more = self.first - started
-        if pace is not None and more > 0:
-            more = affordable(more, self.epochs, pace, self.left)
-        return max(0, min(more, len(self.untried())))
+        made, pace, first = self._made(), self.pace(), self.first
+        if pace is not None and made:
+            first = affordable(first, made, self.epochs, pace, self.left)
+        return max(0, min(first - sum(made[:1]), len(self.untried())))
+
+    def _made(self) -> list[int]:
+        """Trainings of each rung so far."""
+        rungs = [m.rung for m in self.members()]
+        return [rungs.count(rung) for rung in range(1, len(self.epochs) + 1)]
 
     def untried(self) -> list[Trial]:
         """Members of the front that no training started from."""
@@ -300,19 +310,19 @@ class Climb:
 
     def planned(self) -> tuple[int, ...]:
         """Trainings of each rung, those that were made included."""
-        return counts(sum(m.rung == 1 for m in self.members()) + self.starts(), len(self.epochs))
+        return counts(sum(self._made()[:1]) + self.starts(), len(self.epochs))
 
     def state(self, running: int = 0) -> tuple[int, int, float | None]:
         """Trainings done, trainings in all, and seconds that what is left takes, less the one `running` on a rung.
 
         None where the pace is not known.
         """
-        members, pace = self.members(), self.pace()
-        left = [max(0, n - sum(m.rung == rung for m in members)) for rung, n in enumerate(self.planned(), 1)]
+        made, pace = self._made(), self.pace()
+        left = [max(0, n - m) for n, m in zip(self.planned(), made, strict=True)]
         seconds = None if pace is None else pace.total(left, self.epochs)
         if seconds is not None and pace is not None and running:
             seconds = max(0.0, seconds - pace.of(self.epochs[running - 1]))
-        return len(members), len(members) + sum(left), seconds
+        return sum(made), sum(made) + sum(left), seconds
 
     def pace(self) -> Pace | None:
         """What the trainings of this run took, at first what was `timed`."""

@@ -233,9 +233,7 @@ class Study:
         left = (now - begun) / step * (total - step) + later
         self._say("recovering", done, members, left, f"step {step} of {total}")
 
-    def _say(
-        self, stage: str, done: int, total: int, left: float | None, detail: str = "", *, note: str = ""
-    ) -> None:
+    def _say(self, stage: str, done: int, total: int, left: float | None, detail: str = "", *, note: str = "") -> None:
         """Tell the watcher; `left` seconds are bounded by the timeout."""
         left = None if left is None else min(left, max(0.0, self._timeout - self.seconds))
         front, best = len(self.front()), self.best()
@@ -607,7 +605,9 @@ def search(
         controller.recovery.earlier = _earlier_lessons(settings, learned, journal)
 
         def run_one(job: Job) -> Evaluation:
-            return evaluator(job.policy, job.rung, job.keep, study.training, screen=job.screen)
+            return evaluator(
+                job.policy, job.rung, job.keep, study.training, screen=job.screen, checkpoint=job.checkpoint
+            )
 
         runner = LocalRunner(run_one)
         study = Study(settings, evaluator, controller, runner, budget, journal, folder, timeout=timeout, watch=watch)

@@ -204,6 +204,7 @@ class FakeEvaluator:
         self.calls: list[tuple[Policy, int, Path | None]] = []
         self.screens = self.task.screens
         self.screened: list[bool] = []
+        self.trained_with: list[tuple[int | None, Path | None]] = []
         ms = DENSE_MS if dense_ms is None else dense_ms
         self.dense = Measurement(
             self.graph.dense_bytes, self.graph.dense_macs, self.task.quality_of(Policy(recovery=Recovery())), 0.0, ms
@@ -234,9 +235,12 @@ class FakeEvaluator:
         progress: Progress | None = None,
         *,
         screen: bool = False,
+        seed: int | None = None,
+        checkpoint: Path | None = None,
     ) -> Evaluation:
         """Measure `policy` like the real evaluator: what goes wrong is a `failed` evaluation."""
         screened = screen and self.screens
+        self.trained_with.append((seed, checkpoint))
         self.screened.append(screened)  # before the fault: it may ask what this evaluation is
         fault = "kill" if len(self.calls) == self.kill_at else self.fault(policy, rung)
         self.calls.append((policy, rung, keep))

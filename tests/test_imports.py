@@ -88,6 +88,8 @@ def of(package: str) -> list[str]:
         "space",
         "graph",
         "profile",
+        "rungs",
+        "lessons",
         "controllers.base",
         "controllers.surrogate",
         "controllers.knapsack",
@@ -106,7 +108,7 @@ def test_arithmetic_and_bookkeeping_reach_no_torch(module: str) -> None:
 
 def test_only_the_samplers_know_optuna() -> None:
     users = {m for m in MODULES if any(n.split(".")[0] == "optuna" for n in imports(m, everywhere=True))}
-    assert users == {"autocompress.controllers.optuna_samplers"}
+    assert users == {"autocompress.controllers.optuna_samplers", "autocompress.controllers.recovery"}
 
 
 def test_only_the_coding_knows_the_coder() -> None:
@@ -153,6 +155,11 @@ def test_lower_layers_do_not_know_the_upper_ones(package: str, forbidden: list[s
     for module in of(f"autocompress.{package}"):
         wrong = {name for name in direct(module) if name.split(".")[0] in forbidden}
         assert not wrong, module
+
+
+def test_rungs_and_lessons_know_nobody_who_proposes_trains_or_drives() -> None:
+    assert direct("autocompress.rungs") <= {"front", "policy", "trial"}
+    assert direct("autocompress.lessons") <= {"errors", "files", "policy"}
 
 
 def test_nothing_imports_the_command_line() -> None:

@@ -13,8 +13,9 @@ from fakes import FakeTask, World, make_graph
 from autocompress.errors import AutocompressError
 from autocompress.front import Trial
 from autocompress.journal import Journal
+from autocompress.policy import Recovery
 from autocompress.report.plots import front_png
-from autocompress.report.tables import COLUMNS, Run, row, summary, table
+from autocompress.report.tables import COLUMNS, Run, recipe_text, summary, table
 from autocompress.report.write import write_report
 from autocompress.trial import Budget
 
@@ -172,10 +173,11 @@ def test_front_csv_equals_the_json_rows(finished: Run) -> None:
     for a, b in zip(found, expected, strict=True):
         assert list(b) == list(COLUMNS)
         for name, kind in COLUMNS.items():
-            if b[name] is None:  # a packed file has no predicted latency
-                assert (name, a[name]) == ("predicted_ms", "")
+            if b[name] is None:  # a packed file has no predicted latency, a one-shot policy no parent
+                assert name in ("predicted_ms", "parent", "quality_before", "bytes_before")
+                assert a[name] == ""
                 continue
-            value = float(a[name]) if kind in ("int64", "float64") else a[name]
+            value = float(a[name]) if kind.lower() in ("int64", "float64") else a[name]
             assert value == (str(b[name]) if kind in ("bool", "str") else b[name]), name
 
 
@@ -185,7 +187,7 @@ def test_trials_csv_has_every_measured_trial(finished: Run) -> None:
 
 
 def test_tables_are_typed_even_when_empty() -> None:
-    empty = table([], Budget())
+    empty = table([], Budget(), {})
     assert list(empty.columns) == list(COLUMNS)
     assert [str(kind) for kind in empty.dtypes[["trial", "quality_val", "feasible"]]] == ["int64", "float64", "bool"]
 
@@ -202,10 +204,57 @@ def test_feasible_says_whether_the_budget_holds(world: World) -> None:
     run = write_report(world.run)
 
     def fits(trial: Trial) -> bool:
-        return bool(row(trial, run.budget)["feasible"])
+        return bool(run.row(trial)["feasible"])
 
     ok = [t for t in run.trials if t.evaluation.status == "ok"]
     assert [fits(t) for t in ok] == [t.measured.latency_ms <= 1.2 for t in ok]
+
+
+# --- before and after recovery ---
+
+
+@pytest.fixture(scope="module")
+def climbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run with three rungs; to be read only."""
+    with pytest.MonkeyPatch.context() as patch:
+        world = World(tmp_path_factory.mktemp("climbed")).install(patch)
+        world.search(trials=40, epochs=4)
+        return write_report(world.run)
+
+
+def test_trained_trial_stands_beside_the_one_shot_trial_that_it_began_as(climbed: Run) -> None:
+    rows = {r["trial"]: r for r in map(climbed.row, (t for t in climbed.trials if t.evaluation.status == "ok"))}
+    trained = [t for t in climbed.trials if t.evaluation.rung and t.evaluation.status == "ok"]
+    assert {t.evaluation.rung for t in trained} == {1, 2, 3}
+    for t in trained:
+        found = rows[t.number]
+        parent = climbed.trials[found["parent"]]
+        assert parent.evaluation.policy == t.evaluation.policy.without_recovery()
+        assert (found["quality_before"], found["bytes_before"]) == (parent.measured.quality, parent.measured.bytes)
+        assert found["quality_val"] > found["quality_before"]
+        assert found["epochs"] == {1: 1, 2: 2, 3: 4}[found["rung"]]
+    shots = [r for r in rows.values() if not r["rung"]]
+    assert all(r["parent"] is None and r["recipe"] == "" and r["epochs"] == 0 for r in shots)
+
+
+def test_page_names_recipe_rung_and_the_quality_before(climbed: Run) -> None:
+    text = page(climbed.folder).text
+    trained = [r for r in map(climbed.row, climbed.front) if r["rung"]]
+    assert trained
+    for r in trained:
+        assert r["recipe"] in text
+        assert f"{r['quality_before']:.4f}" in text
+
+
+def test_recipe_says_what_is_used_and_leaves_out_the_rest() -> None:
+    plain = recipe_text(Recovery(epochs=1, distill_weight=0.0, decay="constant"))
+    assert plain == "rate 0.02, constant"
+    used = Recovery(2, 0.1, "step", 0.5, 0.5, 1, 0.8, 3.0, 0.25, "clip", False, scales="learned", ema=0.9, warmup=0.1)
+    found = recipe_text(used)
+    for text in ("0.1, step to 0.5", "10% warm-up", "x0.5 on a plateau", "0.80 at temperature 3", "hints 0.25", "clip"):
+        assert text in found
+    assert "learned scales" in found
+    assert "0.9" in found.split("mean of weights")[1]
 
 
 # --- the page is self-contained ---

@@ -7,15 +7,17 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import DENSE_MS, TINY_SPACE_TEXT, FakeEvaluator, FakeTask, Killed, Row, World, make_graph
 
-from autocompress import study
+from autocompress import rungs, study
 from autocompress.errors import AutocompressError, NothingFits, RunError
 from autocompress.journal import FILE, Journal
+from autocompress.lessons import read_lessons
 from autocompress.policy import Policy
 from autocompress.study import Outcome, Progress, Settings, Study, search
 from autocompress.trial import Measurement
@@ -24,6 +26,11 @@ from autocompress.trial import Measurement
 def some_fail(policy: Policy, rung: int) -> str | None:
     draw = hashlib.sha256(f"{policy.key()}{rung}".encode()).digest()[0]
     return "raise" if draw % 8 == 0 else "nan" if draw % 8 == 1 else None
+
+
+def few_fail(policy: Policy, rung: int) -> str | None:
+    draw = hashlib.sha256(f"{policy.key()}{rung}".encode()).digest()[1]
+    return "nan" if rung and draw % 5 == 0 else None
 
 
 # --- counting ---
@@ -192,17 +199,188 @@ def parents_of(found: Outcome) -> list[str]:
     return [t.evaluation.policy.without_recovery().key() for t in found.trials if t.evaluation.rung == 1]
 
 
-def test_recovery_trains_front_members_spread_from_smallest_to_largest(world: World) -> None:
+def neighbours_of_none(patch: pytest.MonkeyPatch) -> None:
+    """Only members of the front are trained."""
+    patch.setattr(rungs, "STAYS", 1.0)
+
+
+def test_recovery_trains_front_members_from_the_budget_down_and_spread(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    neighbours_of_none(monkeypatch)
     found = world.search(trials=60, epochs=3)
-    trained = [t for t in found.trials if t.evaluation.rung == 1]
     shots = [t for t in found.trials if t.evaluation.rung == 0]
-    front = [t.evaluation.policy.key() for t in study.front_of(study.feasible(shots, found.budget), "max")]
+    front = study.front_of(study.feasible(shots, found.budget), "max")
+    sizes = {t.evaluation.policy.key(): t.measured.bytes for t in front}
+    room = [t for t in front if t.measured.bytes <= 0.99 * 1500]
     parents = parents_of(found)
-    assert len(parents) == min(6, len(front))
-    assert parents == [key for key in front if key in parents]  # in the front's order
-    assert parents[0] == front[0]
-    assert parents[-1] == front[-1]
-    assert all(t.evaluation.policy.recovery.epochs == 3 for t in trained)
+    assert len(parents) == min(6, len(room))
+    assert [sizes[key] for key in parents[:2]] == [room[-1].measured.bytes, room[0].measured.bytes]
+    trained = sorted(math.log(sizes[key]) for key in parents)
+    span = trained[-1] - trained[0]
+    assert max(b - a for a, b in pairwise(trained)) < 0.6 * span
+
+
+def test_half_of_each_rung_climbs_with_the_same_recipe_and_more_epochs(world: World) -> None:
+    found = world.search(trials=60, epochs=4)
+    by_rung = {r: [t.evaluation.policy for t in found.trials if t.evaluation.rung == r] for r in (1, 2, 3)}
+    assert [len(by_rung[r]) for r in (1, 2, 3)] == [6, 3, 2]
+    assert [{p.recovery.epochs for p in by_rung[r]} for r in (1, 2, 3)] == [{1}, {2}, {4}]
+    for below, above in pairwise((1, 2, 3)):
+        assert {rungs.at_epochs(p, 1).key() for p in by_rung[above]} < {
+            rungs.at_epochs(p, 1).key() for p in by_rung[below]
+        }
+    assert max(t.evaluation.rung for t in found.trials) == 3
+
+
+def test_near_front_policies_are_trained_too_within_the_budget_and_with_room(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("STAYS", 0.0), ("NEAR_SIZE", 0.2), ("NEAR_LOSS", 1.6)):
+        monkeypatch.setattr(rungs, name, value)
+    found = world.search(trials=80, epochs=1)
+    shots = [t for t in found.trials if t.evaluation.rung == 0]
+    front = study.front_of(study.feasible(shots, found.budget), "max")
+    by_key = {t.evaluation.policy.key(): t for t in study.feasible(shots, found.budget)}
+    off = [by_key[key] for key in parents_of(found) if key not in {t.evaluation.policy.key() for t in front}]
+    assert off
+    for t in off:
+        near = [m for m in front if abs(t.measured.bytes / m.measured.bytes - 1) <= 0.2]
+        assert any(t.measured.loss <= 1.6 * m.measured.loss for m in near)
+        assert t.measured.bytes <= 0.99 * 1500
+
+
+def test_number_of_first_trainings_can_be_given_and_raised(world: World) -> None:
+    first = world.search(trials=60, recoveries=2, epochs=2)
+    assert [sum(t.evaluation.rung == r for t in first.trials) for r in (1, 2)] == [2, 1]
+    later = world.search(trials=60, recoveries=4, epochs=2, resume=True)
+    assert [sum(t.evaluation.rung == r for t in later.trials) for r in (1, 2)] == [4, 2]
+    assert later.trials[: len(first.trials)] == first.trials or len(later.trials) > len(first.trials)
+
+
+def test_recovery_says_what_it_plans_and_how_long_it_takes(world: World) -> None:
+    seen: list[Progress] = []
+    world.search(trials=60, epochs=2, watch=seen.append)
+    notes = [p.note for p in seen if p.note]
+    assert len(notes) == 1
+    assert notes[0].startswith("recovery: 6 trainings of 1 epoch, then 3 of 2: about ")
+    recovering = [p for p in seen if p.stage == "recovering"]
+    assert seen[seen.index(recovering[0])].note == notes[0]  # before the first training
+    assert (recovering[0].done, recovering[0].total) == (0, 9)
+    assert (recovering[-1].done, recovering[-1].total) == (9, 9)
+
+
+def test_no_training_starts_that_the_time_left_does_not_hold(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(study.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(study.time, "perf_counter", lambda: clock[0])
+    build = FakeEvaluator.build
+
+    def slow(evaluator: FakeEvaluator, policy: Policy, progress: Any = None) -> Any:
+        def follow(step: int, total: int) -> None:
+            clock[0] += 2.0  # two steps make an epoch of 4 s
+            if progress is not None:
+                progress(step, total)
+
+        clock[0] += 0.1
+        return build(evaluator, policy, follow)
+
+    monkeypatch.setattr(FakeEvaluator, "build", slow)
+    found = world.search(trials=60, epochs=2, timeout=40.0)
+    trained = [t.evaluation for t in found.trials if t.evaluation.rung]
+    # 30 s are left: 3 x 4 s, then 2 x 8 s; a fourth member could not climb to the end
+    assert [sum(e.rung == r for e in trained) for r in (1, 2)] == [3, 2]
+
+
+def test_task_without_training_data_is_one_shot_and_says_so_once(world: World) -> None:
+    make = world.make
+
+    def without(*given: Any, **named: Any) -> FakeEvaluator:
+        evaluator = make(*given, **named)
+        evaluator.bench.trainable = False
+        return evaluator
+
+    world.make = without  # type: ignore[method-assign]
+    found = world.search()
+    again = world.search(resume=True)
+    assert {t.evaluation.rung for t in found.trials} == {0}
+    assert sum("one-shot only" in text for text in again.warnings) == 1
+
+
+def test_interrupted_training_keeps_its_last_epoch_in_the_run_folder_until_it_is_done(world: World) -> None:
+    found = world.search(epochs=1)
+    given = [c for e in world.evaluators for _, c in e.trained_with if c is not None]
+    trained = [t.evaluation.policy.key() for t in found.trials if t.evaluation.rung]
+    assert given == [world.run / "checkpoints" / f"{key}.safetensors" for key in trained]
+
+
+def test_diverged_training_narrows_the_learning_rates_of_later_ones(world: World) -> None:
+    world.fault = lambda policy, rung: "nan" if rung == 1 and policy.recovery.lr > 0.012 else None
+    found = world.search(trials=120)
+    rates = [(t.evaluation.policy.recovery.lr, t.evaluation.status) for t in found.trials if t.evaluation.rung == 1]
+    lowest = math.inf
+    for rate, status in rates:
+        assert rate <= lowest / 2
+        lowest = min(lowest, rate) if status == "failed" else lowest
+    assert any(status == "ok" for _, status in rates)
+    assert any(status == "failed" for _, status in rates)
+
+
+# --- what earlier runs learned ---
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("AUTOCOMPRESS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "recovery"
+
+
+def test_later_run_of_the_same_model_starts_from_what_the_first_learned(
+    world: World, cache: Path, tmp_path: Path
+) -> None:
+    first = world.search(trials=60, fresh=False)
+    (file,) = cache.iterdir()
+    kept = read_lessons(file)
+    assert len(kept) == sum(t.evaluation.rung == 1 for t in first.trials) == 6
+    world.search(trials=60, fresh=False, folder=tmp_path / "second")
+    world.search(trials=60, fresh=True, folder=tmp_path / "fresh")
+    recipes = [
+        [t.evaluation.policy.recovery for t in world.trials(folder) if t.evaluation.rung]
+        for folder in (world.run, tmp_path / "second", tmp_path / "fresh")
+    ]
+    assert recipes[0] == recipes[2]
+    assert not set(recipes[1]) & set(recipes[0])  # the known recipes need not be tried again
+    assert len(read_lessons(file)) == 12
+
+
+def test_other_models_learn_nothing_from_it(world: World, cache: Path, tmp_path: Path) -> None:
+    first = world.search(fresh=False)
+    world.task = FakeTask(weights=0.25)
+    other = world.search(fresh=False, folder=tmp_path / "other")
+    assert len(list(cache.iterdir())) == 2
+    assert [t.evaluation.policy for t in first.trials] == [t.evaluation.policy for t in other.trials]
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[1, null, {}]", '[{"recovery": {"lr": -1}, "share": 1, "gain": 0}]'])
+def test_unreadable_lessons_are_ignored(world: World, cache: Path, tmp_path: Path, text: str) -> None:
+    first = world.search(fresh=False)
+    (file,) = cache.iterdir()
+    file.write_text(text)
+    again = world.search(fresh=False, folder=tmp_path / "again")
+    assert [t.evaluation.policy for t in first.trials] == [t.evaluation.policy for t in again.trials]
+    assert len(read_lessons(file)) == 2
+
+
+def test_resumed_run_keeps_to_what_was_known_when_it_began(world: World, cache: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"fresh": False, "trials": 60, "epochs": 2}
+    world.search(folder=tmp_path / "whole", **given)
+    for file in cache.iterdir():
+        file.unlink()
+    world.killed(63, **given)
+    world.search(folder=tmp_path / "between", **given)  # teaches the cache something meanwhile
+    assert list(cache.iterdir())
+    world.search(resume=True, **given)
+    assert world.rows() == world.rows(tmp_path / "whole")
 
 
 def test_no_parent_is_promoted_twice_even_over_resumes(world: World) -> None:
@@ -409,6 +587,18 @@ WHOLE: dict[str, list[Row]] = {}
 """Rows of uninterrupted runs by controller."""
 
 
+@pytest.mark.parametrize("cut", [60, 62, 65, 67, 68, 70])
+def test_run_resumed_between_the_rungs_equals_an_uninterrupted_one(world: World, tmp_path: Path, cut: int) -> None:
+    """Six start, three and two climb; failures among them."""
+    world.fault, given = few_fail, {"trials": 60, "epochs": 4}
+    whole = world.search(folder=tmp_path / "whole", **given)
+    assert {t.evaluation.rung for t in whole.trials} == {0, 1, 2, 3}
+    assert any(t.evaluation.status == "failed" for t in whole.trials if t.evaluation.rung)
+    world.killed(cut, **given)
+    world.search(resume=True, **given)
+    assert world.rows() == world.rows(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("name", list(TRIALS))
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.7, 1.0])
 def test_resumed_run_equals_an_uninterrupted_one(world: World, tmp_path: Path, name: str, share: float) -> None:
@@ -541,6 +731,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "--seed": {"seed": 1},
     "--controller": {"controller": "tpe"},
     "--epochs": {"epochs": 2},
+    "--fresh": {"fresh": False},
     "--data": {"data": "/elsewhere"},
     "space": {"space": "default"},
 }
@@ -638,7 +829,7 @@ def test_resume_of_something_else_is_refused(world: World, text: str | None) -> 
         world.search(resume=True)
 
 
-@pytest.mark.parametrize(("name", "value"), [("trials", 0), ("epochs", -1), ("seed", -1)])
+@pytest.mark.parametrize(("name", "value"), [("trials", 0), ("epochs", -1), ("recoveries", 0), ("seed", -1)])
 def test_settings_out_of_range_are_refused(name: str, value: int) -> None:
     with pytest.raises(AutocompressError, match=f"--{name} is {value}"):
         Settings("fake", **{name: value})

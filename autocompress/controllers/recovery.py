@@ -1,8 +1,8 @@
 """Proposes recovery training: known good recipes first, then a multivariate TPE on what trainings were worth.
 
 What a training is worth is log(loss after / loss of its one-shot policy), which compares across sizes. A proposal is
-for a rung (epochs) and a place on the budget axis (share of the dense bytes): the effect of both on the worth, as far as
-it is linear in their logarithms, is taken out, and lessons from elsewhere count as worse the farther away they are.
+for a rung (epochs) and a place on the budget axis (share of the dense bytes): what both do to the worth, as far as that
+is linear in their logarithms, is taken out, and lessons from elsewhere count as worse the farther away they are.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class RecoveryProposer:
         found: dict[Parameter, BaseDistribution] = {}
         for p in self._space.recovery_parameters:
             if p.name == "recovery/lr" and isinstance(p, Real):
-                p = replace(p, high=max(p.low, min(p.high, self._ceiling)))  # noqa: PLW2901
+                p = replace(p, high=max(p.low, min(p.high, self._ceiling)))
             found[p] = distribution(p)
         return found
 
@@ -182,6 +182,6 @@ def _point(recovery: Recovery, choices: Mapping[Parameter, BaseDistribution]) ->
 def _taken(recipe: Mapping[str, Value], choices: Mapping[Parameter, BaseDistribution], known: Recovery) -> bool:
     point = _point(known, choices)
     return point is not None and all(
-        math.isclose(value, point[name], rel_tol=1e-9) if isinstance(value, float) else value == point[name]
+        math.isclose(value, float(point[name]), rel_tol=1e-9) if isinstance(value, float) else value == point[name]
         for name, value in recipe.items()
     )

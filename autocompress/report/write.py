@@ -37,7 +37,12 @@ def render(run: Run) -> str:
     environment = Environment(
         loader=PackageLoader("autocompress", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"size": size_text, "quality": _quality, "recipe": recipe_text, "quoted": lambda path: shlex.quote(str(path))}
+    environment.filters |= {
+        "size": size_text,
+        "quality": _quality,
+        "recipe": recipe_text,
+        "quoted": lambda path: shlex.quote(str(path)),
+    }
     shown = run.picked or run.nearest
     figures = []
     if shown is not None:
@@ -73,5 +78,5 @@ def _embed(figure: Any, *, first: bool = False) -> Markup:
     )
 
 
-def _quality(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.4f}"
+def _quality(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.4f}"
