@@ -23,7 +23,7 @@ from autocompress import cli, study
 from autocompress.journal import FILE, Journal
 from autocompress.report.tables import COLUMNS
 
-VERBS = ("search", "report", "pick", "export", "verify", "profile", "init")
+VERBS = ("search", "ablate", "report", "pick", "export", "verify", "profile", "init")
 BROKEN = """
 import torch
 from torch import nn
@@ -211,7 +211,9 @@ WRONG: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("search", "broken.py:empty"), ("empty", "at least one")),
     (("profile", "blobs.py:task", "--bits", "11"), ("11", "2, 3, 4")),
     (("profile", "mnist"), ("'mnist'", "digits")),
+    ((*SEARCH, "--recoveries", "0"), ("--recoveries is 0", "1 or more")),
     (("report", "nowhere"), ("nowhere is not a run folder",)),
+    (("ablate", "nowhere", "--trial", "3"), ("nowhere is not a run folder",)),
     (("pick", "nowhere"), ("nowhere is not a run folder",)),
     (("export", "nowhere"), ("nowhere is not a run folder",)),
     (("verify", "nowhere.acz"), ("nowhere.acz", "No such file")),

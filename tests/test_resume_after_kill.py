@@ -83,7 +83,7 @@ class Starter:
         """Start the search, or go on with it."""
         if (self.folder / run / "config.json").exists():
             return self.start("search", "--resume", run)
-        options = ("--budget", "size=60%", "--trials", 18, "--epochs", 1, "--seed", 5, "--out", run)
+        options = ("--budget", "size=60%", "--trials", 18, "--epochs", 2, "--seed", 5, "--fresh", "--out", run)
         return self.start("search", "blobs.py:slow", *options)
 
     def ended(self) -> int:
