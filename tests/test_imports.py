@@ -125,7 +125,10 @@ def test_passes_know_one_another_only_where_they_must() -> None:
     allowed = {
         "compensate": {"quantize"},
         "database": {"cache", "channels", "compensate", "moments", "prune", "quantize"},
-        "finetune": {"distill", "schedules", "quantize"},
+        "checkpoint": {"cache"},
+        "constraint": {"quantize"},
+        "distill": {"precision"},
+        "finetune": {"checkpoint", "constraint", "distill", "precision", "schedules"},
         "recalibrate": {"quantize"},
         "reconstruct": {"moments", "recalibrate"},
     }

@@ -10,17 +10,22 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.channels_last import bears_channels_last, channels_last
-from autocompress.engine.cache import Cache
+from autocompress.engine.cache import Cache, digest
+from autocompress.engine.checkpoint import Checkpoint
+from autocompress.engine.constraint import Constraint
 from autocompress.engine.database import LayerDatabase, remembered_moments
-from autocompress.engine.finetune import Constraint, Hints, train
+from autocompress.engine.distill import Teacher
+from autocompress.engine.finetune import Course, Hints, train
+from autocompress.engine.precision import Precision, quickest
 from autocompress.engine.prune import (
     Importance,
     Remaining,
@@ -32,11 +37,13 @@ from autocompress.engine.prune import (
 from autocompress.engine.quantize import Grid, quantise
 from autocompress.engine.recalibrate import anchored, fold, norms, reestimate, statistics
 from autocompress.engine.reconstruct import INPUTS, Reconstruction
+from autocompress.errors import TaskError
 from autocompress.graph import Graph, Group, Layer
+from autocompress.measure.quality import screening_part
 from autocompress.policy import LayerChoice, Policy, Solver
-from autocompress.stored import Quantised, Stored, StoredModel
+from autocompress.stored import Half, Quantised, Stored, StoredModel
 from autocompress.surgery import install, without
-from autocompress.task import Batch, Task, length, probe
+from autocompress.task import Batch, Split, Task, length, probe
 from autocompress.trace import trace
 
 CALIBRATION_INPUTS = 512
@@ -46,6 +53,8 @@ DATABASE_INPUTS = 1024
 NARROW_MODELS = 3
 """Models of certain widths that stay in memory, with the statistics of their layers."""
 _CACHE_BYTES = 512 * 2**20
+_TRAINING_VERSION = 1
+"""Rises when training changes, so that a checkpoint of the old one is not continued."""
 
 Widths = tuple[Any, ...]
 Progress = Callable[[int, int], None]
@@ -108,7 +117,10 @@ class Workbench:
         state = self.teacher.state_dict()
         self.state = {name: value.detach().cpu() for name, value in state.items() if isinstance(value, Tensor)}
         self.eps = {name: float(norm.eps) for name, norm in norms(self.teacher).items()}  # type: ignore[arg-type]
-        self.calibration = self._calibration(CALIBRATION_INPUTS)
+        self._split: Split = "train"
+        self.untrainable = ""
+        """Why there is no recovery training, or nothing; calibration then takes the inputs of `val`."""
+        self.calibration = self._first_calibration()
         self.importance = Importance(task, self.teacher, self.graph, self.calibration, self._reconstruction)
         self._student = copy.deepcopy(self.teacher)
         self._deployed: dict[bool, nn.Module] = {}
@@ -116,11 +128,28 @@ class Workbench:
         self._narrow: OrderedDict[Widths, Narrow] = OrderedDict()
         self._steps: int | None = None
 
+    def _first_calibration(self) -> list[Batch]:
+        """Calibration batches, after finding out whether there are any to train on."""
+        try:
+            found = self._calibration(CALIBRATION_INPUTS)
+            self.untrainable = "" if found else "its batches('train') are empty"
+        except Exception as error:  # whatever a task raises that has no such split
+            self.untrainable = f"its batches('train') raised {type(error).__name__}: {' '.join(str(error).split())}"
+        if self.trainable:
+            return found
+        self._split = "val"
+        return self._calibration(CALIBRATION_INPUTS)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the task has batches to train on; if not, `untrainable` says why."""
+        return not self.untrainable
+
     def _calibration(self, inputs: int) -> list[Batch]:
         """Training batches, augmented as in training, the same ones for every candidate."""
         found: list[Batch] = []
         count = 0
-        for batch in self.task.batches("train", self.seed):
+        for batch in self.task.batches(self._split, self.seed):
             found.append(Batch(*batch))
             count += length(found[-1].inputs)
             if count >= inputs:
@@ -130,10 +159,32 @@ class Workbench:
     @property
     def steps_per_epoch(self) -> int:
         """Training batches in one epoch."""
+        if self._steps is None and not self.trainable:
+            self._steps = 0
         if self._steps is None:
             epoch = self.task.batches("train", self.seed)
             self._steps = len(epoch) if isinstance(epoch, Sized) else sum(1 for _ in epoch)
         return self._steps
+
+    @cached_property
+    def precision(self) -> Precision:
+        """What recovery training computes in: what is fastest here, unless it was set."""
+        return quickest(self.teacher, self.calibration[0].inputs)
+
+    @cached_property
+    def told(self) -> Teacher:
+        """The dense model and what it said in earlier trainings."""
+        return Teacher(self.teacher)
+
+    @cached_property
+    def _validation(self) -> list[Batch] | None:
+        return screening_part(self.task)
+
+    def validate(self, model: nn.Module) -> float:
+        """The task's metric on the part of `val` that candidates are screened on, or on all of it if it is small."""
+        if self._validation is None:
+            return float(self.task.score(model, "val"))
+        return float(self.task.score_batches(model, self._validation))  # type: ignore[attr-defined]  # optional member
 
     def student(self, state: Mapping[str, Tensor]) -> nn.Module:
         """The resident model with its batch norms, filled with `state`, and no memory of earlier candidates."""
@@ -280,24 +331,29 @@ def _widths(kept: Mapping[str, Tensor], policy: Policy) -> Widths:
     return policy.solver, policy.recovery.reestimate_bn, *((name, *left.tolist()) for name, left in kept.items())
 
 
-def compress(bench: Workbench, policy: Policy, progress: Progress | None = None) -> Compressed:
+def compress(
+    bench: Workbench,
+    policy: Policy,
+    progress: Progress | None = None,
+    *,
+    checkpoint: Path | None = None,
+    seed: int | None = None,
+) -> Compressed:
     """The dense model under `policy`: channels, zeros, bits, recovery training, batch norms, in this order.
 
-    A pure function of the task, the workbench's seed and the policy. `progress(step, total)` follows recovery
-    training. Raises `PolicyError` if the policy is not of this model, `FloatingPointError` if training diverges.
+    A pure function of the task, the workbench's seed and precision, the policy, and `seed`, which decides order and
+    augmentation of recovery training in place of the workbench's. `progress(step, total)` follows that training; with
+    `checkpoint`, a training of the same policy that was interrupted goes on after its last whole epoch.
+    Raises `PolicyError` if the policy is not of this model, `TaskError` if it wants training and the task has no
+    batches for it, `FloatingPointError` if training diverges.
     """
     graph = bench.graph
     graph.check(policy)
     parent = bench.one_shot(policy)
     state, weights = parent.state, parent.weights
     if policy.recovery.epochs:
-        # training goes on from solutions that make up for one another; a plainly rounded weight starts from its
-        # dense value, since the remainder says which way to go
-        start = {name: weights[name].dense() for name in parent.compensated}
-        state = _recover(bench, policy, {**state, **start}, weights, parent.kept, progress)
-        for layer, choice in graph.choices(policy):
-            constraint = _constraint(weights[layer.weight])
-            weights[layer.weight] = quantise(state[layer.weight], choice, constraint.mask, constraint.grid)
+        course = _course(bench, policy, parent, progress, seed)
+        state, weights = _recover(bench, policy, parent, course, checkpoint)
     if policy.recovery.reestimate_bn and bench.eps and bench.calibration:
         state = {**state, **_statistics(bench, {**state, **{n: s.dense() for n, s in weights.items()}}, parent)}
     return Compressed(policy, fold(weights, state, graph, policy, bench.eps))
@@ -308,37 +364,54 @@ def _statistics(bench: Workbench, state: Mapping[str, Tensor], parent: OneShot) 
     return anchored(bench.statistics(state), sliced(bench.dense_statistics, parent.stays), parent.state)
 
 
-def _recover(
-    bench: Workbench,
-    policy: Policy,
-    state: Mapping[str, Tensor],
-    weights: Mapping[str, Stored],
-    kept: Mapping[str, Tensor],
-    progress: Progress | None,
-) -> dict[str, Tensor]:
-    """All tensors after recovery training, weights still in float but true to their masks and grids."""
-    student = bench.student(state)
-    constraints = {name: _constraint(stored) for name, stored in weights.items()}
-    train(
-        student,
-        bench.teacher,
+def _course(bench: Workbench, policy: Policy, parent: OneShot, progress: Progress | None, seed: int | None) -> Course:
+    """The recovery training of `policy`."""
+    if not bench.trainable:
+        raise TaskError(f"task {bench.task.name!r} has no recovery training, {bench.untrainable}: ask for 0 epochs")
+    return Course(
         bench.task,
         policy.recovery,
-        constraints,
-        _hints(bench.graph, kept),
-        steps_per_epoch=bench.steps_per_epoch,
-        seed=bench.seed,
-        progress=progress,
+        bench.steps_per_epoch,
+        bench.seed if seed is None else seed,
+        _hints(bench.graph, parent.kept),
+        bench.precision,
+        bench.validate,
+        progress,
     )
-    trained = student.state_dict()
-    return {name: v.detach().cpu().clone() for name, v in trained.items() if isinstance(v, Tensor)}
+
+
+def _recover(
+    bench: Workbench, policy: Policy, parent: OneShot, course: Course, path: Path | None
+) -> tuple[dict[str, Tensor], dict[str, Stored]]:
+    """All tensors after recovery training, and the compressed weights on the grids that they were trained on."""
+    # training goes on from solutions that make up for one another; a plainly rounded weight starts from its
+    # dense value, since the remainder says which way to go
+    start = {**parent.state, **{name: parent.weights[name].dense() for name in parent.compensated}}
+    if path is not None:
+        course = replace(course, checkpoint=Checkpoint(path, _identity(bench, policy, course, start)))
+    student = bench.student(start)
+    constraints = train(student, bench.told, {n: _constraint(s) for n, s in parent.weights.items()}, course)
+    state = {n: v.detach().cpu().clone() for n, v in student.state_dict().items() if isinstance(v, Tensor)}
+    weights = dict(parent.weights)
+    for layer, choice in bench.graph.choices(policy):
+        final = constraints[layer.weight]
+        weights[layer.weight] = quantise(state[layer.weight], choice, final.mask, final.grid)
+    if course.checkpoint is not None:
+        course.checkpoint.remove()
+    return state, weights
+
+
+def _identity(bench: Workbench, policy: Policy, course: Course, start: Mapping[str, Tensor]) -> str:
+    """Stands for all that decides what a training gives."""
+    about = _TRAINING_VERSION, bench.task.name, policy.key(), bench.seed, course.seed, course.precision
+    return digest(*about, course.steps_per_epoch, *(part for item in sorted(start.items()) for part in item))
 
 
 def _constraint(stored: Stored) -> Constraint:
     mask = getattr(stored, "mask", None)
     if isinstance(stored, Quantised):
         return Constraint(mask, Grid(stored.scale, stored.zero.float(), stored.bits, stored.symmetric))
-    return Constraint(mask, None)
+    return Constraint(mask, None, isinstance(stored, Half))
 
 
 def _hints(graph: Graph, kept: Mapping[str, Tensor]) -> Hints:

@@ -1,16 +1,135 @@
-"""Losses that pull a compressed model toward its teacher. Trains nothing itself."""
+"""The teacher's answers, and losses that pull a compressed model toward them. Trains nothing itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autocompress.engine.precision import Precision
 from autocompress.policy import Recovery
-from autocompress.task import Batch, Task, divergence
+from autocompress.task import Batch, Task, call, divergence, to_device
+
+TEACHER_BYTES = 256 * 2**20
+"""Most memory for the teacher's answers."""
+
+
+def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Outputs of a model with `change` made to every tensor in them; their structure and types stay."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)  # a mapping that also has attributes keeps both in step
+        for key in value:
+            result[key] = changed(value[key], change)
+        return result
+    if isinstance(value, tuple | list):
+        items = [changed(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if hasattr(value, "__dataclass_fields__"):
+        result = copy.copy(value)
+        for name in value.__dataclass_fields__:
+            object.__setattr__(result, name, changed(getattr(value, name), change))
+        return result
+    return value
+
+
+def in_single_precision(outputs: Any) -> Any:
+    """Outputs whose halves of either kind are float32: what losses are computed in."""
+    return changed(outputs, lambda t: t.float() if t.dtype in (torch.bfloat16, torch.float16) else t)
+
+
+class Teacher:
+    """The dense model, asked again and again about the same batches: what it said is remembered while there is room.
+
+    Training draws the batches of an epoch from its number, so every later candidate brings the same ones.
+    """
+
+    def __init__(self, model: nn.Module, limit: int = TEACHER_BYTES) -> None:
+        """`limit` in bytes. `model` must stay as it is, in evaluation mode."""
+        self.model, self._limit, self._bytes = model, limit, 0
+        self._said: OrderedDict[bytes, tuple[Any, int, int]] = OrderedDict()
+        self._training = 0
+
+    def begin(self) -> None:
+        """A new training starts: what only earlier ones asked for may be forgotten."""
+        self._training += 1
+
+    def __call__(self, inputs: Any, precision: Precision, *, remember: bool = True) -> Any:
+        """Outputs for the inputs of a batch, in single precision, without gradient.
+
+        Without `remember` the model really runs, for hooks that look at it.
+        """
+        key = _fingerprint(inputs, precision) if remember else None
+        if key is None:
+            return self._run(inputs, precision)
+        if key not in self._said:
+            return self._keep(key, self._run(inputs, precision))
+        outputs, size, _ = self._said.pop(key)
+        self._said[key] = outputs, size, self._training
+        return outputs
+
+    def _run(self, inputs: Any, precision: Precision) -> Any:
+        placed = to_device(inputs, next(self.model.parameters()).device)
+        with torch.no_grad(), precision.computing():
+            return in_single_precision(call(self.model, precision.laid_out(placed)))
+
+    def _keep(self, key: bytes, outputs: Any) -> Any:
+        """Remember `outputs` at the cost of earlier trainings' alone: a cycle longer than the memory would get none."""
+        sizes: list[int] = []
+
+        def copied(value: Tensor) -> Tensor:  # a model may use the memory of its outputs again
+            sizes.append(value.numel() * value.element_size())
+            return value.clone()
+
+        own = changed(outputs, copied)
+        size = sum(sizes)
+        while self._said and self._bytes + size > self._limit:
+            oldest = next(iter(self._said))
+            if self._said[oldest][2] == self._training:
+                return outputs
+            self._bytes -= self._said.pop(oldest)[1]
+        if size <= self._limit:
+            self._said[key] = own, size, self._training
+            self._bytes += size
+        return outputs
+
+
+def _fingerprint(inputs: Any, precision: Precision) -> bytes | None:
+    """Stands for the content of inputs; None if they hold anything but tensors, numbers and texts."""
+    found = hashlib.blake2b(repr(precision).encode(), digest_size=16)
+    for part in _parts(inputs):
+        if isinstance(part, Tensor):
+            value = part.detach().cpu().contiguous()
+            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            found.update(value.flatten().view(torch.uint8).numpy().data)
+        elif part is None or isinstance(part, str | int | float | bool):
+            found.update(repr(part).encode())
+        else:
+            return None
+        found.update(b"|")
+    return found.digest()
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """All that is in inputs, in order, with the names and counts that give it its structure."""
+    if isinstance(value, Mapping):
+        yield f"mapping of {len(value)}"
+        for key, item in value.items():
+            yield str(key)
+            yield from _parts(item)
+    elif isinstance(value, tuple | list):
+        yield f"sequence of {len(value)}"
+        for item in value:
+            yield from _parts(item)
+    else:
+        yield value
 
 
 class Features:
@@ -18,11 +137,11 @@ class Features:
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         self.values: dict[str, Tensor] = {}
-        self._model, self._names = model, names
+        self._model, self.names = model, names
         self._handles: list[Any] = []
 
     def __enter__(self) -> Features:
-        for name in self._names:
+        for name in self.names:
             module = self._model.get_submodule(name)
             self._handles.append(module.register_forward_hook(self._recorder(name)))
         return self
@@ -49,8 +168,8 @@ def hint_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], kept
     learnt. Channels run along dimension 1, or the last for a linear layer over positions: the one that shrank.
     """
     terms = []
-    for name, value in student.items():
-        target = teacher[name].detach()
+    for name, features in student.items():
+        value, target = features.float(), teacher[name].detach().float()
         if name in kept:
             shrunk = 1 if value.shape[1] != target.shape[1] else -1
             target = target.index_select(shrunk, kept[name].to(target.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,33 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from autocompress.engine.distill import Features, hint_loss, recovery_loss
-from autocompress.engine.quantize import Grid
+from autocompress.channels_last import channels_last
+from autocompress.engine.checkpoint import Checkpoint
+from autocompress.engine.constraint import Constraint
+from autocompress.engine.distill import Features, Teacher, hint_loss, in_single_precision, recovery_loss
+from autocompress.engine.precision import PLAIN, Precision
 from autocompress.engine.schedules import Plateau, learning_rate
 from autocompress.policy import Gradient, Recovery
-from autocompress.task import Batch, Task, arguments, call, length, to_device
+from autocompress.task import Batch, Task, arguments, length, to_device
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
 REPORTS_PER_EPOCH = 4
-"""How often the plateau adjustment hears the mean recovery loss since its last report."""
-
-
-@dataclass(frozen=True)
-class Constraint:
-    """What a weight must stay true to while it trains: its pruning mask and, below 16 bits, its grid."""
-
-    mask: Tensor | None
-    grid: Grid | None
-
-    def apply(self, weight: Tensor) -> Tensor:
-        """The weight as it will be stored; the gradient passes straight through rounding (1308.3432, section 4)."""
-        pruned = weight if self.mask is None else weight * self.mask.to(weight.device)
-        if self.grid is None:
-            return pruned
-        stored = self.grid.decode(self.grid.encode(pruned))
-        if self.mask is not None:  # a grid of 1 bit has no code for zero
-            stored = stored * self.mask.to(weight.device)
-        return pruned + (stored - pruned).detach()
+"""How often the plateau adjustment hears the validation metric."""
+LARGEST_NORM = 1.0
+"""What `clip` shortens the gradient of all weights together to."""
+LEAST_SCALE = 0.1
+"""Share of its first size that a learning scale keeps: one that passed zero would turn its row's grid around."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +38,43 @@ class Hints:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What one training is: data, recipe, order, arithmetic, and who hears of it.
+
+    Batches of epoch e come from `task.batches("train", seed + e)`. `validate(model)` gives the task's metric, which the
+    plateau adjustment hears. `progress(step, total)` is called after each step. With `checkpoint`, a training that was
+    interrupted goes on after its last whole epoch.
+    """
+
+    task: Task
+    recovery: Recovery
+    steps_per_epoch: int
+    seed: int = 0
+    hints: Hints = Hints()
+    precision: Precision = PLAIN
+    validate: Callable[[nn.Module], float] | None = None
+    progress: Callable[[int, int], None] | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def total(self) -> int:
+        """Steps of all epochs."""
+        return self.recovery.epochs * self.steps_per_epoch
+
+
 def normalise_gradients(parameters: Iterable[Tensor], kind: Gradient) -> None:
-    """Rewrite the gradients of weights with two or more dimensions in place.
+    """Rewrite gradients in place: `clip` those of all parameters, the others of those with two or more dimensions.
 
     `centralise` removes each output row's mean (Yong et al., 2004.01461, equation 1). `standardise` gives each
     tensor's gradient mean 0 and standard deviation 1, times the weight's root mean square, so that the learning
-    rate becomes the relative change per step (in the manner of LARS, 1708.03888).
+    rate becomes the relative change per step (in the manner of LARS, 1708.03888). `clip` shortens the gradient of all
+    parameters together to `LARGEST_NORM` (Pascanu et al., 1211.5063, algorithm 1).
     """
     if kind == "none":
+        return
+    if kind == "clip":
+        nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
         return
     for p in parameters:
         if p.grad is None or p.ndim < 2:
@@ -69,77 +88,254 @@ def normalise_gradients(parameters: Iterable[Tensor], kind: Gradient) -> None:
 
 
 def train(
-    student: nn.Module,
-    teacher: nn.Module,
-    task: Task,
-    recovery: Recovery,
-    constraints: Mapping[str, Constraint],
-    hints: Hints,
-    *,
-    steps_per_epoch: int,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Train `student` in place for `recovery.epochs`; `constraints` maps weight names to what they must obey.
+    student: nn.Module, teacher: Teacher, constraints: Mapping[str, Constraint], course: Course
+) -> dict[str, Constraint]:
+    """Train `student` in place; `constraints` maps weight names to what they must obey.
 
-    Batches of epoch e come from `task.batches("train", seed + e)`. `progress(step, total)` is called after each
-    step. Raises `FloatingPointError` when the loss is not finite.
+    Afterwards each of these weights is what the file will hold, on the grid that is returned for it. Raises
+    `FloatingPointError` when the loss or a weight is not finite.
     """
-    trained = [p.requires_grad_() for p in student.parameters() if p.is_floating_point()]
-    optimizer = torch.optim.SGD(trained, lr=recovery.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
-    plateau = Plateau(recovery.adjust_factor, recovery.adjust_patience)
-    total, interval = recovery.epochs * steps_per_epoch, max(1, steps_per_epoch // REPORTS_PER_EPOCH)
-    layers = hints.layers if recovery.hint_weight > 0 else ()
-    recent: list[float] = []
-    student.train()
-    with torch.random.fork_rng(devices=[]), Features(student, layers) as own, Features(teacher, layers) as given:
-        torch.manual_seed(seed)
-        for step, pair in enumerate(_epochs(task, recovery.epochs, seed)):
-            batch = Batch(*pair)
-            outputs = _outputs(student, batch, constraints)
-            if outputs is not None:
-                target = _told(teacher, batch) if recovery.distill_weight > 0 or layers else None
-                hint = hint_loss(own.values, given.values, hints.kept) if layers else None
-                loss = recovery_loss(task, recovery, outputs, target, batch, hint)
-                recent.append(float(loss.detach()))
-                if not math.isfinite(recent[-1]):
-                    raise FloatingPointError(f"the recovery loss became {recent[-1]} at step {step} of {total}")
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(recovery, min(step, total), total, plateau)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                normalise_gradients(trained, recovery.gradient)
-                optimizer.step()
-            if (step + 1) % interval == 0 and recent:
-                plateau.report(sum(recent) / len(recent))
-                recent.clear()
-            if progress is not None:
-                progress(step + 1, total)
-    student.eval()
-    for p in trained:
-        p.requires_grad_(False)
-
-
-def _epochs(task: Task, epochs: int, seed: int) -> Iterator[Any]:
-    """Training batches of all epochs, one after another."""
-    for epoch in range(epochs):
-        yield from task.batches("train", seed + epoch)
-
-
-def _outputs(student: nn.Module, batch: Batch, constraints: Mapping[str, Constraint]) -> Any:
-    """What the constrained student says; None for a lone example that a batch norm cannot train on."""
-    inputs = to_device(batch.inputs, next(student.parameters()).device)
-    weights = {name: c.apply(student.get_parameter(name)) for name, c in constraints.items()}
-    positional, named = arguments(inputs)
+    layers = course.hints.layers if course.recovery.hint_weight > 0 else ()
+    learner = _Learner(student, constraints, course.recovery)
+    teacher.begin()
     try:
-        return functional_call(student, weights, positional, named)
-    except ValueError:
-        if length(inputs) > 1:
-            raise
-        return None
+        with (
+            torch.random.fork_rng(devices=[]),
+            channels_last(teacher.model, wanted=course.precision.channels_last),
+            Features(student, layers) as own,
+            Features(teacher.model, layers) as given,
+        ):
+            torch.manual_seed(course.seed)
+            _Training(learner, teacher, course, own, given).run()
+        return learner.finish()
+    except FloatingPointError:
+        if course.checkpoint is not None:
+            course.checkpoint.remove()  # it would diverge again
+        raise
+    finally:
+        learner.freeze()
 
 
-def _told(teacher: nn.Module, batch: Batch) -> Any:
-    """What the teacher says."""
-    with torch.no_grad():
-        return call(teacher, to_device(batch.inputs, next(teacher.parameters()).device))
+class _Average:
+    """Exponential moving average of `tensors`; its decay grows to `decay`, so that the first steps do not linger.
+
+    min(decay, (1 + n) / (10 + n)) at update n, as TensorFlow's `ExponentialMovingAverage` with `num_updates`.
+    """
+
+    def __init__(self, tensors: list[Tensor], decay: float) -> None:
+        self._tensors, self._decay, self.updates = tensors, decay, 0
+        self.values = [t.detach().clone() for t in tensors]
+
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.values, [t.detach() for t in self._tensors], 1 - decay)
+
+    def install(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self._tensors, self.values)
+
+
+class _Learner:
+    """The student: float weights that learn, and what its forward pass sees of them."""
+
+    def __init__(self, model: nn.Module, constraints: Mapping[str, Constraint], recovery: Recovery) -> None:
+        self.model = model.train()
+        self.parameters = [p.requires_grad_() for p in model.parameters() if p.is_floating_point()]
+        self.device = next(model.parameters()).device
+        self._constraints = {name: c.on(self.device) for name, c in constraints.items()}
+        self._weights = {name: model.get_parameter(name) for name in constraints}
+        self.scales: Tensor | None = None
+        grids = {name: c.grid for name, c in self._constraints.items() if c.grid is not None}
+        if recovery.scales == "learned" and grids:
+            self._rows = {name: len(grid.scale) for name, grid in grids.items()}
+            first = torch.cat([grid.scale for grid in grids.values()])  # (rows of all layers,)
+            self.scales, self._least = first.clone().requires_grad_(), LEAST_SCALE * first.abs()
+            self._sign = first.sign()
+        learnt = [*self.parameters, *([self.scales] if self.scales is not None else [])]
+        self._all = [*learnt, *(b for b in model.buffers() if b.is_floating_point())]
+        self.average = _Average(self._all, recovery.ema) if recovery.ema > 0 else None
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer: a decaying scale would only shrink its grid."""
+        found: list[dict[str, Any]] = [{"params": self.parameters}]
+        return found if self.scales is None else [*found, {"params": [self.scales], "weight_decay": 0.0}]
+
+    def _scales(self) -> dict[str, Tensor]:
+        if self.scales is None:
+            return {}
+        return dict(zip(self._rows, torch.split(self.scales, list(self._rows.values())), strict=True))
+
+    def __call__(self, inputs: Any, precision: Precision) -> Any:
+        """Outputs in single precision; None for a lone example that a batch norm cannot train on."""
+        scales = self._scales()
+        weights = {
+            name: precision.laid_out(c.apply(self._weights[name], scales.get(name)))
+            for name, c in self._constraints.items()
+        }
+        positional, named = arguments(precision.laid_out(inputs))
+        try:
+            with precision.computing():
+                return in_single_precision(functional_call(self.model, weights, positional, named))
+        except ValueError:
+            if length(inputs) > 1:
+                raise
+            return None
+
+    def stepped(self) -> None:
+        """After each step of the optimizer."""
+        if self.scales is not None:
+            with torch.no_grad():
+                self.scales.copy_(self._sign * torch.maximum(self._sign * self.scales, self._least))
+        if self.average is not None:
+            self.average.update()
+
+    @contextmanager
+    def as_kept(self) -> Iterator[nn.Module]:
+        """Inside, the model is what would be kept if training ended now, in evaluation mode."""
+        before = [t.detach().clone() for t in self._all]
+        try:
+            self._project()
+            yield self.model.eval()
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self._all, before)
+            self.model.train()
+
+    def _project(self) -> dict[str, Constraint]:
+        """Make the weights their average, if there is one, then what is stored of them; on which grids."""
+        if self.average is not None:
+            self.average.install()
+        scales = self._scales()
+        found = {n: c.rescaled(scales[n]) if n in scales else c for n, c in self._constraints.items()}
+        with torch.no_grad():
+            for name, constraint in found.items():
+                self._weights[name].copy_(constraint.stored(self._weights[name]))
+        return found
+
+    def finish(self) -> dict[str, Constraint]:
+        """Leave the model as it is kept, and give the constraints with their final grids."""
+        if not all(bool(torch.isfinite(t).all()) for t in self._all):
+            raise FloatingPointError("a weight or statistic is not finite after the last step of recovery training")
+        return {name: c.on(torch.device("cpu")) for name, c in self._project().items()}
+
+    def freeze(self) -> None:
+        """Nothing learns any more."""
+        self.model.eval()
+        for p in self.parameters:
+            p.requires_grad_(False).grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """All that changes while it learns."""
+        found = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        if self.scales is not None:
+            found["scales"] = self.scales
+        if self.average is not None:
+            found |= {f"average/{i}": value for i, value in enumerate(self.average.values)}
+        return found
+
+    def restore(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Become what `state` was taken of."""
+        named = {n.removeprefix("model/"): value for n, value in state.items() if n.startswith("model/")}
+        self.model.load_state_dict(named)
+        with torch.no_grad():
+            if self.scales is not None:
+                self.scales.copy_(state["scales"])
+            if self.average is not None:
+                self.average.updates = updates
+                for i, value in enumerate(self.average.values):
+                    value.copy_(state[f"average/{i}"])
+
+
+class _Training:
+    """The steps of one training, and the state between them."""
+
+    def __init__(self, learner: _Learner, teacher: Teacher, course: Course, own: Features, given: Features) -> None:
+        self._learner, self._teacher, self._course = learner, teacher, course
+        self._own, self._given = own, given
+        r = course.recovery
+        self._optimizer = torch.optim.SGD(
+            learner.groups(), lr=r.lr, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, foreach=True
+        )
+        rising = course.task.direction == "max"
+        self._plateau = Plateau(r.adjust_factor, r.adjust_patience, r.adjust_cooldown, rising)
+        self._interval = max(1, course.steps_per_epoch // REPORTS_PER_EPOCH)
+        self._step, self._epoch = 0, 0
+
+    def run(self) -> None:
+        """All epochs that are left."""
+        course = self._course
+        self._resume()
+        while self._epoch < course.recovery.epochs:
+            for pair in course.task.batches("train", course.seed + self._epoch):
+                self._learn(Batch(*pair))
+            self._epoch += 1
+            if course.checkpoint is not None and self._epoch < course.recovery.epochs:
+                self._save(course.checkpoint)
+
+    def _learn(self, batch: Batch) -> None:
+        """One step on one batch."""
+        inputs = to_device(batch.inputs, self._learner.device)
+        outputs = self._learner(inputs, self._course.precision)
+        if outputs is not None:
+            self._descend(self._loss(outputs, batch))
+        self._step += 1
+        if self._plateau.factor < 1 and self._course.validate is not None and self._step % self._interval == 0:
+            with self._learner.as_kept() as kept, torch.random.fork_rng(devices=[]):
+                self._plateau.report(float(self._course.validate(kept)))
+        if self._course.progress is not None:
+            self._course.progress(self._step, self._course.total)
+
+    def _loss(self, outputs: Any, batch: Batch) -> Tensor:
+        course, hinted = self._course, bool(self._own.names)
+        told = None
+        if course.recovery.distill_weight > 0 or hinted:
+            told = self._teacher(batch.inputs, course.precision, remember=not hinted)
+        hint = hint_loss(self._own.values, self._given.values, course.hints.kept) if hinted else None
+        return recovery_loss(course.task, course.recovery, outputs, told, batch, hint)
+
+    def _descend(self, loss: Tensor) -> None:
+        course, learner = self._course, self._learner
+        rate = learning_rate(course.recovery, min(self._step, course.total), course.total, self._plateau)
+        if not math.isfinite(value := float(loss.detach())):
+            raise FloatingPointError(
+                f"the recovery loss became {value} at step {self._step} of {course.total}, at learning rate {rate:.3g}"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        normalise_gradients(self._learnt(), course.recovery.gradient)
+        self._optimizer.step()
+        learner.stepped()
+
+    # --- between epochs ---------------------------------------------------------------------------------
+
+    def _learnt(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _save(self, checkpoint: Checkpoint) -> None:
+        state, plateau = self._learner.state(), self._plateau
+        for i, p in enumerate(self._learnt()):
+            if (momentum := self._optimizer.state[p].get("momentum_buffer")) is not None:
+                state[f"momentum/{i}"] = momentum
+        state["rng"] = torch.get_rng_state()
+        average = self._learner.average
+        facts: dict[str, Any] = {"step": self._step, "epoch": self._epoch, "updates": average.updates if average else 0}
+        facts["plateau"] = [plateau.scale, plateau.best, plateau.bad, plateau.cooling]
+        checkpoint.save(state, facts)
+
+    def _resume(self) -> None:
+        """Go on from the last whole epoch, if there is one."""
+        found = self._course.checkpoint.load() if self._course.checkpoint is not None else None
+        if found is None:
+            return
+        state, facts = found
+        self._learner.restore(state, facts["updates"])
+        for i, p in enumerate(self._learnt()):
+            if f"momentum/{i}" in state:
+                self._optimizer.state[p]["momentum_buffer"] = state[f"momentum/{i}"]
+        torch.set_rng_state(state["rng"])
+        self._step, self._epoch = facts["step"], facts["epoch"]
+        plateau = self._plateau
+        plateau.scale, plateau.best, plateau.bad, plateau.cooling = facts["plateau"]

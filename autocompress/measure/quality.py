@@ -32,7 +32,13 @@ LARGE = 1.5
 
 
 def screening(task: Task, dense: nn.Module, inputs: int = SCREEN_INPUTS) -> QualityMeter | None:
-    """A meter on the first batches of `val` that hold `inputs`; None if `val` is hardly larger than they are.
+    """A meter on `screening_part`; None if there is none."""
+    part = screening_part(task, inputs)
+    return None if part is None else QualityMeter(task, dense, part=part)
+
+
+def screening_part(task: Task, inputs: int = SCREEN_INPUTS) -> list[Batch] | None:
+    """The first batches of `val` that hold `inputs`; None if `val` is hardly larger than they are.
 
     None as well if the task cannot score a part.
     """
@@ -46,7 +52,7 @@ def screening(task: Task, dense: nn.Module, inputs: int = SCREEN_INPUTS) -> Qual
             part.append(Batch(*batch))
             taken = count
         if count >= LARGE * max(taken, inputs):
-            return QualityMeter(task, dense, part=part)
+            return part
     return None
 
 

@@ -161,8 +161,9 @@ def test_training_does_not_move_a_layers_grid(bench: Workbench) -> None:
 def test_training_starts_from_the_weights_before_rounding(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     started: dict[str, Tensor] = {}
 
-    def spy(student: nn.Module, *_: Any, **__: Any) -> None:
+    def spy(student: nn.Module, teacher: Any, constraints: Any, course: Any) -> Any:  # noqa: ARG001
         started.update({name: value.clone() for name, value in student.state_dict().items()})
+        return constraints
 
     monkeypatch.setattr(engine, "train", spy)
     compress(bench, everywhere(LayerChoice(3, 0.5), bench, epochs=1))
@@ -358,14 +359,18 @@ TRAINED = Recovery(
 OPTIONS: dict[str, list[Any]] = {
     "epochs": [0, 1, 2],
     "lr": [0.02, 0.1],
-    "decay": ["constant", "step", "exponential", "cosine", "polynomial"],
+    "decay": ["constant", "step", "exponential", "cosine", "polynomial", "one-cycle"],
     "decay_rate": [0.01, 0.1, 1.0],
     "adjust_factor": [0.2, 0.5, 1.0],
     "adjust_patience": [0, 1],
     "distill_weight": [0.0, 0.5, 1.0],
     "temperature": [1.0, 4.0],
     "hint_weight": [0.0, 0.5, 2.0],
-    "gradient": ["none", "centralise", "standardise"],
+    "gradient": ["none", "centralise", "standardise", "clip"],
+    "warmup": [0.0, 0.2, 0.5],
+    "adjust_cooldown": [0, 2],
+    "scales": ["fixed", "learned"],
+    "ema": [0.0, 0.2, 0.9],
     "reestimate_bn": [True, False],
     "fold_bn": [True, False],
 }

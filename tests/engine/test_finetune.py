@@ -13,10 +13,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autocompress import Batch, ClassificationTask, RegressionTask
 from autocompress.engine import finetune
-from autocompress.engine.finetune import MOMENTUM, WEIGHT_DECAY, Constraint, Hints, normalise_gradients, train
+from autocompress.engine.constraint import Constraint
+from autocompress.engine.distill import Teacher
+from autocompress.engine.finetune import LARGEST_NORM, MOMENTUM, WEIGHT_DECAY, Course, Hints, normalise_gradients, train
 from autocompress.engine.prune import magnitude_mask
 from autocompress.engine.quantize import Grid, fit_grid, quantise
-from autocompress.engine.schedules import Plateau
 from autocompress.policy import Decay, Gradient, LayerChoice, Recovery
 
 STEPS = 4
@@ -62,17 +63,8 @@ def trained(
 ) -> nn.Module:
     task = task or Classification()
     student = task.model().requires_grad_(False)
-    train(
-        student,
-        teacher_of(task),
-        task,
-        recovery,
-        constraints or {},
-        hints or Hints(),
-        steps_per_epoch=STEPS,
-        seed=seed,
-        **more,
-    )
+    course = Course(task, recovery, STEPS, seed, hints or Hints(), **more)
+    train(student, Teacher(teacher_of(task)), constraints or {}, course)
     return student
 
 
@@ -129,6 +121,21 @@ def test_standardised_gradients_have_the_weights_root_mean_square(shape: tuple[i
     np.testing.assert_allclose(gradient_after(parameter, "standardise"), expected, atol=1e-6)
 
 
+def test_clipping_shortens_the_gradient_of_all_parameters_together() -> None:
+    parameters = [with_gradient((4, 5)), with_gradient((7,)), nn.Parameter(torch.ones(2))]
+    before = [p.grad.double().numpy().copy() for p in parameters[:2]]
+    norm = np.sqrt(sum(np.square(g).sum() for g in before))
+    assert norm > LARGEST_NORM
+    normalise_gradients(parameters, "clip")
+    for p, g in zip(parameters, before, strict=False):
+        np.testing.assert_allclose(p.grad.numpy(), g * LARGEST_NORM / norm, rtol=1e-5)
+    short = [p.grad.clone() * 0.5 for p in parameters[:2]]
+    for p, g in zip(parameters, short, strict=False):
+        p.grad = g.clone()
+    normalise_gradients(parameters, "clip")
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, short, strict=False))
+
+
 @pytest.mark.parametrize("kind", ["none", "centralise", "standardise"])
 def test_vectors_and_absent_gradients_are_left_alone(kind: Gradient) -> None:
     vector, absent = with_gradient((5,)), nn.Parameter(torch.ones(2, 2))
@@ -172,7 +179,7 @@ def test_what_the_forward_pass_sees_is_what_will_be_stored(bits: int, scheme: An
     mask, choice = magnitude_mask(weight, 30), LayerChoice(bits, scheme=scheme)
     grid = fit_grid(weight, bits, symmetric=scheme == "symmetric")
     seen = Constraint(mask, grid).apply(nn.Parameter(weight)).detach()
-    torch.testing.assert_close(seen, quantise(weight, choice, mask, grid).dense(), rtol=0, atol=1e-6)
+    assert torch.equal(seen, quantise(weight, choice, mask, grid).dense())
 
 
 @pytest.mark.parametrize("gradient", ["none", "centralise", "standardise"])
@@ -219,7 +226,7 @@ def test_steps_are_nesterov_momentum_with_weight_decay() -> None:
     task = RegressionTask(model, (x, y), (x, y), (x, y), batch_size=8)
     student, w = task.model(), model.weight.detach().double().numpy().copy()
     recovery = Recovery(epochs=5, lr=0.1, decay="constant", distill_weight=0.0)
-    train(student, task.model(), task, recovery, {}, Hints(), steps_per_epoch=1, seed=0)
+    train(student, Teacher(task.model()), {}, Course(task, recovery, 1))
     velocity = np.zeros_like(w)
     for _ in range(5):
         gradient = 2 * (x @ w.T - y).T @ x / len(x) + WEIGHT_DECAY * w
@@ -243,26 +250,56 @@ def test_the_optimizer_follows_the_decay(decay: Decay, factors: list[float], rat
     assert rates == pytest.approx([0.04 * f for f in factors])
 
 
-def test_the_plateau_hears_the_mean_loss_and_lowers_the_rate(
+def test_the_plateau_hears_the_validation_metric_and_lowers_the_rate(
     rates: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = iter([5.0, 3.0, 6.0, 4.0, 1.0, 1.0, 2.0, 2.0])
-    reports: list[float] = []
-    report = Plateau.report
+    scores = iter([0.5, 0.4, 0.6, 0.6])
+    judged: list[tuple[bool, dict[str, Tensor]]] = []
 
-    def spy(self: Plateau, value: float) -> None:
-        reports.append(value)
-        report(self, value)
+    def validate(model: nn.Module) -> float:
+        judged.append((model.training, state_of(model)))
+        torch.rand(1)  # must not shift what training draws
+        return next(scores)
 
-    def loss(*args: Any) -> Tensor:
-        return next(losses) + 0 * args[2].sum()
-
-    monkeypatch.setattr(Plateau, "report", spy)
-    monkeypatch.setattr(finetune, "recovery_loss", loss)
     monkeypatch.setattr(finetune, "REPORTS_PER_EPOCH", 2)
-    trained(Recovery(epochs=2, lr=0.1, decay="constant", adjust_factor=0.5, adjust_patience=0))
-    assert reports == [4.0, 5.0, 1.0, 2.0]
-    assert rates == pytest.approx([0.1] * 4 + [0.05] * 4)
+    recovery = Recovery(epochs=2, lr=0.1, decay="constant", adjust_factor=0.5, adjust_patience=0)
+    constraint = Constraint(None, fit_grid(mlp()[0].weight.detach(), 3, symmetric=True))
+    trained(recovery, {"0.weight": constraint}, validate=validate)
+    assert rates == pytest.approx([0.1] * 4 + [0.05] * 4)  # the last report comes too late for a step
+    assert not any(training for training, _ in judged)
+    for _, state in judged:  # the metric is that of the weights as they are stored
+        assert torch.equal(constraint.stored(state["0.weight"]), state["0.weight"])
+
+
+@pytest.mark.parametrize("score", [0.5, 0.0, float("nan")])
+def test_a_constant_metric_is_a_plateau(score: float, rates: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "REPORTS_PER_EPOCH", STEPS)
+    recovery = Recovery(epochs=2, lr=0.1, decay="constant", adjust_factor=0.5, adjust_patience=1, adjust_cooldown=1)
+    trained(recovery, validate=lambda _: score)
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        sgd, mode="max", factor=0.5, patience=1, cooldown=1, threshold=1e-4
+    )
+    expected = []
+    for _ in range(2 * STEPS):
+        expected.append(float(sgd.param_groups[0]["lr"]))
+        plateau.step(score)
+    assert rates == pytest.approx(expected)
+    assert rates[-1] < 0.1
+
+
+def test_without_adjustment_nothing_is_validated() -> None:
+    trained(Recovery(epochs=1), validate=lambda _: pytest.fail("validated"))
+
+
+def test_validation_does_not_change_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "REPORTS_PER_EPOCH", 2)
+    constraint = Constraint(None, fit_grid(mlp()[0].weight.detach(), 3, symmetric=True))
+    rising = iter(range(1, 100))
+    heard = Recovery(epochs=2, lr=0.1, adjust_factor=0.5, scales="learned", ema=0.9)
+    a = trained(heard, {"0.weight": constraint}, validate=lambda _: float(next(rising)))
+    b = trained(Recovery(epochs=2, lr=0.1, scales="learned", ema=0.9), {"0.weight": constraint})
+    assert equal(state_of(a), state_of(b))
 
 
 def test_progress_hears_every_step() -> None:
@@ -292,7 +329,7 @@ def test_training_lowers_the_loss() -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_training() -> None:
-    with pytest.raises(FloatingPointError, match="step 0 of 4"):
+    with pytest.raises(FloatingPointError, match=r"nan at step 0 of 4, at learning rate 0\.02"):
         trained(Recovery(epochs=1, distill_weight=0.5), task=Undefined())
 
 
@@ -314,7 +351,7 @@ def test_the_callers_random_numbers_are_left_alone() -> None:
     task = Classification()
     student, teacher = copy.deepcopy(mlp()), copy.deepcopy(mlp())
     torch.manual_seed(7)
-    train(student, teacher, task, Recovery(epochs=1), {}, Hints(), steps_per_epoch=STEPS, seed=0)
+    train(student, Teacher(teacher), {}, Course(task, Recovery(epochs=1), STEPS))
     assert not torch.equal(student[0].weight, teacher[0].weight)
     assert torch.equal(torch.rand(3), expected)
 
@@ -324,7 +361,7 @@ def test_the_teacher_never_changes() -> None:
     teacher = teacher_of(task)
     before = state_of(teacher)
     recovery = Recovery(epochs=2, lr=0.5, hint_weight=1.0)
-    train(task.model(), teacher, task, recovery, {}, Hints(("0",)), steps_per_epoch=STEPS, seed=0)
+    train(task.model(), Teacher(teacher), {}, Course(task, recovery, STEPS, hints=Hints(("0",))))
     assert equal(before, state_of(teacher))
     assert not teacher.training
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
@@ -350,7 +387,7 @@ def test_training_without_distillation_never_runs_the_teacher() -> None:
     teacher.register_forward_pre_hook(lambda *_: runs.append(1))
     for weight in (0.0, 0.1):
         recovery = Recovery(epochs=1, distill_weight=weight)
-        train(task.model(), teacher, task, recovery, {}, Hints(), steps_per_epoch=STEPS, seed=0)
+        train(task.model(), Teacher(teacher), {}, Course(task, recovery, STEPS))
     assert len(runs) == STEPS
 
 
@@ -393,16 +430,7 @@ def test_batches_of_one_example_train_a_network_that_allows_them() -> None:
     task, heard = Singles(), []
     student = task.model()
     recovery = Recovery(epochs=1, distill_weight=0.0)
-    train(
-        student,
-        teacher_of(task),
-        task,
-        recovery,
-        {},
-        Hints(),
-        steps_per_epoch=16 * STEPS,
-        seed=0,
-        progress=lambda step, _: heard.append(step),
-    )
+    course = Course(task, recovery, 16 * STEPS, progress=lambda step, _: heard.append(step))
+    train(student, Teacher(teacher_of(task)), {}, course)
     assert not equal(state_of(student), state_of(task.model()))
     assert heard == list(range(1, 16 * STEPS + 1))
