@@ -28,6 +28,7 @@ from autocompress.controllers.base import Controller
 from autocompress.controllers.optuna_samplers import Predict, mix
 from autocompress.controllers.registry import make_controller, needs_profile
 from autocompress.controllers.widths import fastest_widths
+from autocompress.engine.precision import Precision
 from autocompress.errors import AutocompressError, NothingFits, RunError
 from autocompress.evaluate import Evaluator, Job
 from autocompress.files import cache_folder, write
@@ -376,8 +377,8 @@ class Study:
         """Recovery training: members of the one-shot front start on rung 1, and the better half climbs each time."""
         if not self.settings.epochs or self._stopped:
             return
-        if not getattr(self.evaluator.bench, "trainable", True):
-            self.warn("no recovery training, one-shot only: the task has no training batches")
+        if not self.evaluator.bench.trainable:
+            self.warn(f"no recovery training, one-shot only: of the task {self.evaluator.bench.untrainable}")
             return
         climb = self._climb()
 
@@ -590,6 +591,8 @@ def search(
             _check_free(folder)  # another process may have been faster
         _describe(journal, folder, evaluator, budget)
         _write_config(folder, settings, file, command, evaluator.target.about(), resume=resume)
+        if settings.epochs:
+            _set_precision(evaluator, journal)
         for name in ("artifacts", "policies"):
             (folder / name).mkdir(exist_ok=True)
         times = _times_of(evaluator, choices, budget, journal, watch)
@@ -757,6 +760,15 @@ def _keep(save: Callable[[], object], what: str) -> None:
         warnings.warn(f"{what} is not kept for later searches: {error}", stacklevel=3)
 
 
+def _set_precision(evaluator: Evaluator, journal: Journal) -> None:
+    """Train in what the run began with: what is fastest here may be found otherwise another time."""
+    bench, known = evaluator.bench, journal.fact("precision")
+    if known is not None:
+        bench.precision = Precision(**known)
+    elif bench.trainable:
+        journal.set_fact("precision", asdict(bench.precision))
+
+
 def _earlier_lessons(settings: Settings, learned: Path, journal: Journal) -> list[Lesson]:
     """What earlier searches of the same model learned about recovery training, as it was when this one began."""
     known = journal.fact("lessons")
@@ -889,7 +901,12 @@ def check_resumable(folder: Path, wanted: Settings, space: SpaceFile | None = No
 
 def measuring(settings: Settings, folder: Path) -> Evaluator:
     """What measures candidates of the run in `folder` as it did, for whoever wants to know more of it later."""
-    return settings.evaluator(_dense_latency(folder))
+    evaluator = settings.evaluator(_dense_latency(folder))
+    with Journal.reading(folder) as journal:
+        known = journal.fact("precision")
+    if known is not None:
+        evaluator.bench.precision = Precision(**known)
+    return evaluator
 
 
 def _dense_latency(folder: Path) -> float | None:

@@ -18,6 +18,7 @@ import torch
 from autocompress import study
 from autocompress.artifact.layout import Entry, weight_entry
 from autocompress.artifact.packed import pack, read
+from autocompress.engine.precision import PLAIN
 from autocompress.evaluate import Job
 from autocompress.files import write
 from autocompress.front import Trial
@@ -198,7 +199,7 @@ class FakeEvaluator:
         self.target = FakeTarget(self, ".onnx" if format == "onnx" else ".acz", retimed)
         self.graph = self.task.graph
         state = {name: torch.full(shape, self.task.weights) for name, (shape, _) in self.graph.tensors.items()}
-        self.bench = SimpleNamespace(state=state, trainable=True, untrainable="")
+        self.bench = SimpleNamespace(state=state, trainable=True, untrainable="", precision=PLAIN)
         self.size = Size(self.graph, self.task.name, self.task.metric)
         self.fault, self.kill_at = fault or (lambda *_: None), kill_at
         self.calls: list[tuple[Policy, int, Path | None]] = []

@@ -15,6 +15,7 @@ import pytest
 from fakes import DENSE_MS, TINY_SPACE_TEXT, FakeEvaluator, FakeTask, Killed, Row, World, make_graph
 
 from autocompress import rungs, study
+from autocompress.engine.precision import Precision
 from autocompress.errors import AutocompressError, NothingFits, RunError
 from autocompress.journal import FILE, Journal
 from autocompress.lessons import read_lessons
@@ -297,7 +298,7 @@ def test_task_without_training_data_is_one_shot_and_says_so_once(world: World) -
 
     def without(*given: Any, **named: Any) -> FakeEvaluator:
         evaluator = make(*given, **named)
-        evaluator.bench.trainable = False
+        evaluator.bench.trainable, evaluator.bench.untrainable = False, "its batches('train') are empty"
         return evaluator
 
     world.make = without  # type: ignore[method-assign]
@@ -305,6 +306,20 @@ def test_task_without_training_data_is_one_shot_and_says_so_once(world: World) -
     again = world.search(resume=True)
     assert {t.evaluation.rung for t in found.trials} == {0}
     assert sum("one-shot only" in text for text in again.warnings) == 1
+
+
+def test_training_goes_on_in_the_arithmetic_that_the_run_began_with(world: World) -> None:
+    make, offered = world.make, [Precision(autocast=True), Precision(channels_last=True)]
+
+    def machine(*given: Any, **named: Any) -> FakeEvaluator:
+        evaluator = make(*given, **named)
+        evaluator.bench.precision = offered.pop(0)
+        return evaluator
+
+    world.make = machine  # type: ignore[method-assign]
+    world.search(trials=20)
+    world.search(trials=40, resume=True)
+    assert [e.bench.precision for e in world.evaluators] == [Precision(autocast=True)] * 2
 
 
 def test_interrupted_training_keeps_its_last_epoch_in_the_run_folder_until_it_is_done(world: World) -> None:
