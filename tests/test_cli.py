@@ -569,7 +569,7 @@ def test_resume_of_a_finished_run_gives_the_same(searched: Searched) -> None:
 
 
 def test_equal_seeds_give_equal_searches(searched: Searched, here: Path) -> None:
-    arguments = ("--budget", "size=60%", "--trials", 12, "--epochs", 0, "--seed", 3, "--json")
+    arguments = ("--budget", "size=60%", "--trials", 12, "--epochs", 1, "--seed", 3, "--fresh", "--json")
     found = [run("search", searched.task, "--out", name, *arguments) for name in ("a", "b")]
     rows = []
     for name in ("a", "b"):
@@ -579,6 +579,51 @@ def test_equal_seeds_give_equal_searches(searched: Searched, here: Path) -> None
             )
     assert repr(rows[0]) == repr(rows[1])
     assert [r.code for r in found] == [0, 0]
+
+
+# --- recovery ---
+
+
+def test_search_says_what_recovery_takes_and_what_each_front_member_was_before(searched: Searched) -> None:
+    (line,) = [line for line in searched.result.err.splitlines() if line.startswith("recovery: ")]
+    assert re.fullmatch(r"recovery: 2 trainings of 1 epoch: about \d+ s", line)
+    trained = [r for r in searched.result.json["front"] if r["rung"]]
+    assert trained
+    for r in trained:
+        assert f"{r['quality_before']:.4f}" in searched.result.out
+    assert "before recovery" in searched.result.out
+
+
+def test_ablation_continues_and_ends_with_its_table_as_json(searched: Searched) -> None:
+    trial = next(r["trial"] for r in searched.result.json["front"] if r["rung"])
+    first = run("ablate", searched.folder, "--trial", trial, "--seeds", 1)
+    assert first.code == 0
+    assert "ablating" in first.err
+    kept = json.loads((searched.folder / f"ablation-trial-{trial}.json").read_text())["results"]
+    result = run("ablate", searched.folder, "--trial", trial, "--seeds", 2, "--json")
+    assert result.code == 0
+    rows = {r["variant"]: r for r in result.json["rows"]}
+    assert {"full recipe", "no distillation", "constant rate"} <= set(rows)
+    assert all(r["n"] == 2 and r["std"] is not None for r in rows.values())
+    after = json.loads((searched.folder / f"ablation-trial-{trial}.json").read_text())["results"]
+    assert after[: len(kept)] == kept  # what was known is not trained again
+    assert len(after) == 2 * len(kept)
+    page = run("report", searched.folder)
+    assert page.code == 0
+    assert "What each ingredient is worth" in (searched.folder / "report.html").read_text()
+
+
+def test_full_recipe_with_the_seed_of_the_run_gives_the_quality_of_the_trial(searched: Searched) -> None:
+    best = next(r for r in searched.result.json["front"] if r["rung"])
+    run("ablate", searched.folder, "--trial", best["trial"], "--seeds", 1)
+    data = json.loads((searched.folder / f"ablation-trial-{best['trial']}.json").read_text())
+    (full,) = [r for r in data["results"] if r["key"] == data["variants"]["full recipe"] and r["seed"] == 3]
+    assert full["quality"] == best["quality_val"]
+
+
+def test_ablation_of_a_trial_without_training_names_those_with(searched: Searched) -> None:
+    error = refused("ablate", searched.folder, "--trial", 0)
+    assert all(str(r["trial"]) in error for r in searched.result.json["front"] if r["rung"])
 
 
 def test_resume_from_another_folder_finds_the_task(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
