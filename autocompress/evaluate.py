@@ -23,12 +23,16 @@ from autocompress.trial import Evaluation, Measurement
 
 
 class Job(NamedTuple):
-    """A policy, its rung, where to keep its artifact, and whether to score it on a part of `val` only."""
+    """A policy, its rung, where to keep its artifact, and whether to score it on a part of `val` only.
+
+    `checkpoint` is where its recovery training can be interrupted and go on.
+    """
 
     policy: Policy
     rung: int
     keep: Path | None = None
     screen: bool = False
+    checkpoint: Path | None = None
 
 
 Evaluate = Callable[[Job], Evaluation]
@@ -103,17 +107,20 @@ class Evaluator:
         progress: Progress | None = None,
         *,
         screen: bool = False,
+        checkpoint: Path | None = None,
+        seed: int | None = None,
     ) -> Evaluation:
         """Build and measure `policy`, on a part of `val` if `screen`. With `keep`, its artifact is written there.
 
-        A candidate that fails (training diverges, a value is not finite, anything it raises) is a `failed`
-        evaluation with its traceback; a policy of another model raises `PolicyError`.
+        `checkpoint` and `seed` are those of `compress`. A candidate that fails (training diverges, a value is not
+        finite, anything it raises) is a `failed` evaluation with its traceback; a policy of another model raises
+        `PolicyError`.
         """
         start = time.perf_counter()
         meter = self.screen if screen and self.screen else self.quality
         screened = meter is self.screen
         try:
-            compressed, model = self.build(policy, progress)
+            compressed, model = self.build(policy, progress, checkpoint=checkpoint, seed=seed)
             measured = self._measure(compressed, model, meter)
             if keep is not None:
                 write(keep, self.pack(compressed, measured.quality))
@@ -139,9 +146,16 @@ class Evaluator:
                 screened=screened,
             )
 
-    def build(self, policy: Policy, progress: Progress | None = None) -> tuple[Compressed, nn.Module]:
+    def build(
+        self,
+        policy: Policy,
+        progress: Progress | None = None,
+        *,
+        checkpoint: Path | None = None,
+        seed: int | None = None,
+    ) -> tuple[Compressed, nn.Module]:
         """The compressed tensors and the resident model filled with them."""
-        compressed = compress(self.bench, self.target.prepared(policy), progress)
+        compressed = compress(self.bench, self.target.prepared(policy), progress, checkpoint=checkpoint, seed=seed)
         return compressed, self.bench.realise(compressed)
 
     def _measure(self, compressed: Compressed, model: nn.Module, meter: QualityMeter) -> Measurement:
