@@ -348,7 +348,7 @@ def test_every_field_of_recovery_can_be_searched_and_comes_back() -> None:
     )
     searched = {p.name.removeprefix("recovery/") for p in built.recovery_parameters}
     assert searched == set(Recovery.__dataclass_fields__) - {"epochs", "reestimate_bn", "fold_bn"}
-    point = {"recovery/warmup": 0.25, "recovery/scales": "learned", "recovery/ema": 2, "recovery/adjust_cooldown": 1}
+    point = {"recovery/warmup": 0.25, "recovery/scales": "learned", "recovery/ema": 0.99, "recovery/adjust_cooldown": 1}
     found = built.decode(point, epochs=2)
     r = found.recovery
     assert (r.warmup, r.scales, r.ema, r.adjust_cooldown) == (0.25, "learned", 0.99, 2)
