@@ -112,8 +112,9 @@ class Evaluator:
     ) -> Evaluation:
         """Build and measure `policy`, on a part of `val` if `screen`. With `keep`, its artifact is written there.
 
-        `checkpoint` and `seed` are those of `compress`. A candidate that fails (training diverges, a value is not finite, anything it raises) is a `failed`
-        evaluation with its traceback; a policy of another model raises `PolicyError`.
+        `checkpoint` and `seed` are those of `compress`. A candidate that fails (training diverges, a value is not
+        finite, anything it raises) is a `failed` evaluation with its traceback; a policy of another model raises
+        `PolicyError`.
         """
         start = time.perf_counter()
         meter = self.screen if screen and self.screen else self.quality

@@ -291,7 +291,7 @@ class Space:
             Categorical("recovery/gradient", _distinct(r.gradient)),
             Real("recovery/warmup", r.warmup[0], r.warmup[1]),
             Categorical("recovery/scales", _distinct(r.scales)),
-            Ordered("recovery/ema", tuple(sorted(set(r.ema)))),
+            Categorical("recovery/ema", _distinct(r.ema)),
         ]
         return tuple(p for p in found if (p.low < p.high if isinstance(p, Real) else len(p.values) > 1))
 
@@ -331,7 +331,7 @@ class Space:
             "gradient": r.gradient[0],
             "warmup": r.warmup[0],
             "scales": r.scales[0],
-            "ema": max(r.ema),
+            "ema": r.ema[0],
         }
         for parameter in self.recovery_parameters:
             if parameter.name in point:

@@ -406,3 +406,67 @@ def test_level_has_the_bytes_of_its_section_and_the_error_that_its_solution_make
 def test_dense_model_has_no_loss() -> None:
     evaluator = Evaluator(classification(), dense_ms=1.0)
     assert evaluator.loss(Policy(recovery=Recovery(fold_bn=False))) == pytest.approx(0.0, abs=1e-4)
+
+
+# --- recovery training ----------------------------------------------------------------------------------
+
+
+def weights_of(evaluator: Evaluator, policy: Policy, **more: Any) -> list[Tensor]:
+    """What an evaluation leaves in the resident model."""
+    assert evaluator(policy, 1, **more).status == "ok"
+    (model,) = evaluator.bench._deployed.values()
+    return [value.clone() for value in model.state_dict().values()]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+TRAINED = Policy({"0": SMALL}, recovery=Recovery(epochs=2, lr=0.1))
+
+
+def test_an_evaluation_goes_on_with_a_training_that_was_interrupted(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def stop(step: int, total: int) -> None:
+        if step == total - 1:
+            raise Killed
+
+    path = tmp_path / "training"
+    evaluator = Evaluator(classification())
+    whole = weights_of(evaluator, TRAINED)
+    with pytest.raises(Killed):
+        evaluator(TRAINED, 1, None, stop, checkpoint=path)
+    heard: list[int] = []
+    assert same(weights_of(evaluator, TRAINED, progress=lambda s, _: heard.append(s), checkpoint=path), whole)
+    assert heard == [4, 5, 6]
+    assert not path.exists()
+
+
+def test_seeds_of_training_give_several_results_of_one_policy() -> None:
+    evaluator = Evaluator(classification())
+    own, other = weights_of(evaluator, TRAINED), weights_of(evaluator, TRAINED, seed=3)
+    assert not same(own, other)
+    assert same(weights_of(evaluator, TRAINED, seed=3), other)
+    assert same(weights_of(evaluator, TRAINED), own)
+
+
+def test_every_ingredient_of_recovery_works_on_a_task_of_any_form() -> None:
+    recovery = Recovery(
+        epochs=2,
+        lr=0.01,
+        decay="one-cycle",
+        adjust_factor=0.5,
+        adjust_patience=0,
+        hint_weight=0.2,
+        gradient="clip",
+        scales="learned",
+        ema=0.9,
+    )
+    evaluator = Evaluator(CustomTask())
+    policy = Policy({layer.name: SMALL for layer in evaluator.graph.layers}, recovery=recovery)
+    found = evaluator(policy, 1)
+    assert found.status == "ok", found.error
+    assert found.measurement is not None
+    assert found.measurement.loss < evaluator(policy.without_recovery()).measurement.loss

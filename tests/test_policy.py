@@ -23,16 +23,20 @@ RECOVERIES = st.builds(
     Recovery,
     epochs=st.integers(0, 100),
     lr=st.floats(1e-9, 10),
-    decay=st.sampled_from(["constant", "step", "exponential", "cosine", "polynomial"]),
+    decay=st.sampled_from(["constant", "step", "exponential", "cosine", "polynomial", "one-cycle"]),
     decay_rate=st.floats(1e-9, 1),
     adjust_factor=st.floats(1e-9, 1),
     adjust_patience=st.integers(0, 100),
     distill_weight=st.floats(0, 1),
     temperature=st.floats(1e-9, 1e9),
     hint_weight=st.floats(0, 1e9),
-    gradient=st.sampled_from(["none", "centralise", "standardise"]),
+    gradient=st.sampled_from(["none", "centralise", "standardise", "clip"]),
     reestimate_bn=st.booleans(),
     fold_bn=st.booleans(),
+    warmup=st.floats(0, 0.5),
+    adjust_cooldown=st.integers(0, 100),
+    scales=st.sampled_from(["fixed", "learned"]),
+    ema=st.floats(0, 1, exclude_max=True),
 )
 POLICIES = st.builds(
     Policy,
@@ -105,12 +109,61 @@ def test_a_layer_choice_names_its_wrong_field(field: str, value: Any) -> None:
         ("hint_weight", -0.1),
         ("hint_weight", math.nan),
         ("hint_weight", math.inf),
-        ("gradient", "clip"),
+        ("gradient", "clamp"),
+        ("decay", "one_cycle"),
+        ("warmup", -0.1),
+        ("warmup", 0.51),
+        ("warmup", math.nan),
+        ("adjust_cooldown", -1),
+        ("scales", "trained"),
+        ("ema", -0.1),
+        ("ema", 1.0),
+        ("ema", math.nan),
     ],
 )
 def test_a_recovery_names_its_wrong_field(field: str, value: Any) -> None:
     with pytest.raises(PolicyError, match=rf"^{field} is .*; it must be "):
         Recovery(**{field: value})
+
+
+OLD = {
+    "layers": {"stem": {"bits": 4, "sparsity": 0.5, "scheme": "asymmetric"}},
+    "keep": {"stem": 0.75},
+    "criterion": "taylor",
+    "solver": "database",
+    "recovery": {
+        "epochs": 3,
+        "lr": 0.01,
+        "decay": "step",
+        "decay_rate": 0.1,
+        "adjust_factor": 0.5,
+        "adjust_patience": 1,
+        "distill_weight": 0.8,
+        "temperature": 3.0,
+        "hint_weight": 0.25,
+        "gradient": "centralise",
+        "reestimate_bn": True,
+        "fold_bn": False,
+    },
+}
+"""What was written before warm-up, cooldown, learned scales and averages were known."""
+
+
+def test_an_old_policy_is_read_and_keeps_its_json_and_key() -> None:
+    found = Policy.from_json(OLD)
+    r = found.recovery
+    assert (r.warmup, r.adjust_cooldown, r.scales, r.ema) == (0.0, 0, "fixed", 0.0)
+    assert found.to_json() == OLD
+    assert found.key() == "23040ed60b8a2ab3"
+
+
+@pytest.mark.parametrize(
+    "later", [{"warmup": 0.1}, {"adjust_cooldown": 1}, {"scales": "learned"}, {"ema": 0.99}, {"decay": "one-cycle"}]
+)
+def test_what_came_later_counts_where_it_is_used(later: dict[str, Any]) -> None:
+    found = Policy.from_json(OLD | {"recovery": OLD["recovery"] | later})
+    assert found.key() != Policy.from_json(OLD).key()
+    assert Policy.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.5, 1.01, math.nan, math.inf])

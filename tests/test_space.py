@@ -191,6 +191,12 @@ def test_a_folder_is_no_space(tmp_path: Path) -> None:
         ("[recovery]\ndistill_weight = [0.0, 1.5]", ["recovery.distill_weight.1 = 1.5", "less than or equal to 1"]),
         ("[recovery]\ndecay_rate = [0.0, 0.5]", ["recovery.decay_rate.0 = 0.0", "greater than 0"]),
         ("[recovery]\nadjust_factor = [0.0]", ["recovery.adjust_factor.0 = 0.0", "greater than 0"]),
+        ("[recovery]\nwarmup = [0.0, 0.6]", ["recovery.warmup.1 = 0.6", "less than or equal to 0.5"]),
+        ("[recovery]\nwarmup = [0.2, 0.1]", ["recovery.warmup = [0.2, 0.1]", "low <= high"]),
+        ("[recovery]\nema = [1.0]", ["recovery.ema.0 = 1.0", "less than 1"]),
+        ("[recovery]\nema = []", ["recovery.ema = []", "at least 1 item"]),
+        ("[recovery]\nscales = ['trained']", ["recovery.scales.0 = 'trained'", "'fixed' or 'learned'"]),
+        ("[recovery]\nadjust_cooldown = [-1]", ["recovery.adjust_cooldown.0 = -1", "greater than or equal to 0"]),
         ("[recovery]\nadjust_patience = [-1]", ["recovery.adjust_patience.0 = -1", "greater than or equal to 0"]),
         ('[[override]]\nmatch = "a"\nbits = [0]', ["override.0.bits = [0]", "0 is not among"]),
         ("[[override]]\nbits = [4]", ["override.0.match", "required"]),
@@ -331,6 +337,33 @@ def test_recovery_parameters_matter_only_with_epochs(name: str, seed: int) -> No
     built = Space(load_space(name), GRAPH)
     recovery = random_policy(built, seed).recovery
     assert replace_bn(recovery) == Recovery()
+
+
+def test_every_field_of_recovery_can_be_searched_and_comes_back() -> None:
+    built = space(
+        "[recovery]\nlr = [0.01, 0.1]\ndecay = ['cosine', 'one-cycle']\ndecay_rate = [0.01, 0.5]\nwarmup = [0.0, 0.3]\n"
+        "adjust_factor = [0.5, 1.0]\nadjust_patience = [0, 1]\nadjust_cooldown = [0, 2]\ndistill_weight = [0.0, 1.0]\n"
+        "temperature = [1.0, 8.0]\nhint_weight = [0.0, 1.0]\ngradient = ['none', 'clip']\n"
+        "scales = ['fixed', 'learned']\nema = [0.0, 0.9, 0.99]\n"
+    )
+    searched = {p.name.removeprefix("recovery/") for p in built.recovery_parameters}
+    assert searched == set(Recovery.__dataclass_fields__) - {"epochs", "reestimate_bn", "fold_bn"}
+    point = {"recovery/warmup": 0.25, "recovery/scales": "learned", "recovery/ema": 0.99, "recovery/adjust_cooldown": 1}
+    found = built.decode(point, epochs=2)
+    r = found.recovery
+    assert (r.warmup, r.scales, r.ema, r.adjust_cooldown) == (0.25, "learned", 0.99, 2)
+    assert built.decode(built.encode(found), epochs=2) == found
+
+
+def test_what_a_space_does_not_name_is_off() -> None:
+    r = space("[recovery]\nlr = [0.01, 0.1]\n").decode({}, epochs=1).recovery
+    assert (r.warmup, r.scales, r.ema, r.adjust_cooldown) == (0.0, "fixed", 0.0, 0)
+
+
+@pytest.mark.parametrize("name", ["default", "distill"])
+def test_a_space_that_searches_recovery_searches_all_of_it(name: str) -> None:
+    searched = {p.name.removeprefix("recovery/") for p in Space(load_space(name), GRAPH).recovery_parameters}
+    assert searched == set(Recovery.__dataclass_fields__) - {"epochs", "reestimate_bn", "fold_bn"}
 
 
 def replace_bn(recovery: Recovery) -> Recovery:

@@ -7,6 +7,7 @@ nothing, knows nothing about models.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Constraint:
         """The weight (out, ...) as it will be stored, with the grid's scale or with one (out,) that learns.
 
         With a fixed scale the gradient passes straight through rounding (1308.3432, section 4) and stops at pruned
-        weights. A learning scale is seen as the file rounds it; both gradients are then those of `learned_gradients`.
+        weights. A learning scale is seen as the file rounds it; both gradients are then those of LSQ.
         """
         if self.grid is not None and scale is not None:
             return _Learned.apply(weight, scale, self)  # type: ignore[no-any-return, no-untyped-call]
@@ -36,15 +37,43 @@ class Constraint:
 
     def stored(self, weight: Tensor) -> Tensor:
         """Values that the file gives back for `weight`."""
-        pruned = weight.float() if self.mask is None else weight.float() * self.mask
         if self.grid is not None:
-            codes = self.grid.encode(pruned)
-            if self.mask is not None and self.grid.bits == 1:  # which has no code for zero
-                codes = torch.where(self.mask, codes, 1.0)
-            pruned = self.grid.decode(codes)
-        elif self.half:
-            pruned = round_to_half(pruned)
-        return pruned.to(weight.dtype)
+            position = self.positions(weight, self.grid.scale)
+            return (self.rows(self.grid.scale, weight) * self.steps(position)).to(weight.dtype)
+        pruned = weight.float() if self._kept is None else weight.float() * self._kept
+        return (round_to_half(pruned) if self.half else pruned).to(weight.dtype)
+
+    def positions(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Unpruned weights in units of their row's scale; a scale of 0 has all of them at 0."""
+        pruned = weight.float() if self._kept is None else weight.float() * self._kept
+        return pruned / self.rows(torch.where(scale == 0, torch.inf, scale), weight)
+
+    def steps(self, position: Tensor) -> Tensor:
+        """Codes, counted from the zero point, of weights at `position`."""
+        low, high = self.limits
+        if self.grid is not None and self.grid.bits == 1:  # which has no code for zero
+            signs = torch.where(position >= 0, 1.0, -1.0)
+            return signs if self._kept is None else signs * self._kept
+        return torch.round(position).clamp(self.rows(low, position), self.rows(high, position))
+
+    def derivatives(self, position: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each stored weight, by itself and by its row's scale (LSQ, 1902.08153, equations 5 and 3).
+
+        A weight beyond the outermost code moves only with the scale.
+        """
+        low, high = self.limits
+        inside = (position >= self.rows(low, position)) & (position <= self.rows(high, position))
+        by_scale = torch.where(inside, steps - position, steps)
+        return inside if self.mask is None else inside & self.mask, by_scale
+
+    def share(self, weight: Tensor) -> Tensor:
+        """1 / sqrt(n q) (out,), which scales learn with (LSQ, section 2.2).
+
+        For n unpruned weights in the row and codes up to q from zero.
+        """
+        low, high = self.limits
+        count = float(weight[0].numel()) if self.mask is None else self.mask.flatten(1).sum(dim=1).clamp_min(1)
+        return (count * torch.maximum(-low, high)).rsqrt()
 
     def on(self, device: torch.device) -> Constraint:
         """The same with its tensors on `device`."""
@@ -57,25 +86,22 @@ class Constraint:
             return self
         return replace(self, grid=replace(self.grid, scale=round_to_half(scale.detach().float())))
 
+    @cached_property
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest code (out,) of each row, counted from its zero point."""
+        assert self.grid is not None
+        if self.grid.bits == 1:
+            return -torch.ones_like(self.grid.zero), torch.ones_like(self.grid.zero)
+        return -self.grid.zero, 2**self.grid.bits - 1 - self.grid.zero
 
-def learned_gradients(weight: Tensor, constraint: Constraint) -> tuple[Tensor, Tensor]:
-    """Derivatives of each stored weight (out, ...) by itself and by its row's scale (LSQ, 1902.08153, eq. 5 and 3).
+    @cached_property
+    def _kept(self) -> Tensor | None:
+        return None if self.mask is None else self.mask.float()
 
-    A weight beyond the outermost code moves only with the scale. The second is divided by sqrt(n q) (section 2.2), for
-    n unpruned weights in the row and codes up to q from zero. A scale of 0 has no grid, and stays.
-    """
-    grid, mask = constraint.grid, constraint.mask
-    assert grid is not None
-    scale, zero = (v.reshape(-1, *[1] * (weight.ndim - 1)) for v in (grid.scale, grid.zero))
-    kept = torch.ones_like(weight) if mask is None else mask.to(weight.dtype)
-    low, high = (-1.0, 1.0) if grid.bits == 1 else (-zero, 2**grid.bits - 1 - zero)
-    position = weight * kept / torch.where(scale == 0, torch.inf, scale)
-    inside = kept * ((position >= low) & (position <= high))
-    steps = (grid.encode(weight * kept) - zero) * kept
-    count = kept.flatten(1).sum(dim=1).clamp_min(1)
-    reach = torch.ones_like(grid.zero) if grid.bits == 1 else torch.maximum(grid.zero, 2**grid.bits - 1 - grid.zero)
-    share = (grid.scale != 0) / (count * reach).sqrt()
-    return inside, (steps - position * inside) * share.reshape(scale.shape)
+    @staticmethod
+    def rows(values: Tensor, like: Tensor) -> Tensor:
+        """`values` (out,) so that they meet the rows of `like` (out, ...)."""
+        return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 class _Fixed(torch.autograd.Function):
@@ -92,11 +118,14 @@ class _Fixed(torch.autograd.Function):
 class _Learned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, constraint: Constraint) -> Tensor:
-        rounded = constraint.rescaled(scale)
-        ctx.save_for_backward(*learned_gradients(weight, rounded))
-        return rounded.stored(weight)
+        rounded = round_to_half(scale)
+        position = constraint.positions(weight, rounded)
+        steps = constraint.steps(position)
+        share = constraint.share(weight) * (rounded != 0)  # a row without a scale stays without
+        ctx.save_for_backward(*constraint.derivatives(position, steps), share)
+        return (constraint.rows(rounded, weight) * steps).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *arriving: Any) -> Any:
-        by_weight, by_scale = ctx.saved_tensors
-        return arriving[0] * by_weight, (arriving[0] * by_scale).flatten(1).sum(dim=1), None
+        by_weight, by_scale, share = ctx.saved_tensors
+        return arriving[0] * by_weight, (arriving[0] * by_scale).flatten(1).sum(dim=1) * share, None

@@ -7,7 +7,6 @@ a few steps are timed. The answer is a value: whoever must get the same weights 
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from autocompress.channels_last import bears_channels_last, channels_last
 from autocompress.task import call, few, tensors, to_device
 
-PROBE_INPUTS, PROBE_STEPS = 32, 3
-LEAST_GAIN = 1.2
+PROBE_INPUTS, PROBE_STEPS = 32, 5
+LEAST_GAIN = 1.3
 """How much faster than plain single precision a step must be: less may be noise, and costs exactness."""
 LEAST_SECONDS = 0.01
 """A plain step on the probe's inputs that takes less than this is left as it is."""
@@ -76,14 +75,14 @@ def _probe(model: nn.Module, inputs: Any) -> Precision:
     trained = copy.deepcopy(model).train().requires_grad_()
     with torch.random.fork_rng(devices=[]):
         try:
-            if _step(trained, some, PLAIN) < LEAST_SECONDS and _step(trained, some, PLAIN) < LEAST_SECONDS:
-                return PLAIN
-            first = _step(trained, some, PLAIN)
+            first = min(_step(trained, some, PLAIN) for _ in range(2))  # the very first one also sets things up
         except Exception:  # whatever a model raises that trains only in its own way
+            return PLAIN
+        if first < LEAST_SECONDS:
             return PLAIN
         others = [Precision(autocast, layout) for layout in layouts for autocast in (False, True)][1:]
         bearable = [p for p in others if _bears(trained, some, p, 3 * first)]
-        took = _medians(trained, some, [PLAIN, *bearable])
+        took = _fastest(trained, some, [PLAIN, *bearable])
     best = min(took, key=lambda p: took[p])
     return best if took[PLAIN] > LEAST_GAIN * took[best] else PLAIN
 
@@ -104,13 +103,13 @@ def _bears(model: nn.Module, inputs: Any, precision: Precision, limit: float) ->
         model.train()
 
 
-def _medians(model: nn.Module, inputs: Any, candidates: Sequence[Precision]) -> dict[Precision, float]:
-    """Seconds of a step, in turn, so that a busy moment strikes all alike."""
+def _fastest(model: nn.Module, inputs: Any, candidates: Sequence[Precision]) -> dict[Precision, float]:
+    """Least seconds of a step: what else runs on the machine only adds to it. In turn, so that it strikes all alike."""
     found: dict[Precision, list[float]] = {p: [] for p in candidates}
     for _ in range(PROBE_STEPS):
         for precision, seconds in found.items():
             seconds.append(_step(model, inputs, precision))
-    return {precision: statistics.median(seconds) for precision, seconds in found.items()}
+    return {precision: min(seconds) for precision, seconds in found.items()}
 
 
 def _step(model: nn.Module, inputs: Any, precision: Precision) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -322,8 +323,9 @@ def test_narrow_files_are_as_long_as_predicted_and_read_back(
 def test_training_starts_from_the_fitted_weights(judge: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     started: dict[str, Tensor] = {}
 
-    def remember(student: nn.Module, *_: object, **__: object) -> None:
+    def remember(student: nn.Module, teacher: Any, constraints: Any, course: Any) -> Any:  # noqa: ARG001
         started.update({name: value.clone() for name, value in student.state_dict().items()})
+        return constraints
 
     monkeypatch.setattr("autocompress.engine.train", remember)
     policy = narrow(judge.graph, epochs=1)

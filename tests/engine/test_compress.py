@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocompress import ClassificationTask, PolicyError, Workbench, compress, engine
+from autocompress import Batch, ClassificationTask, PolicyError, TaskError, Workbench, compress, engine
+from autocompress.artifact.packed import pack, unpack
 from autocompress.engine import Compressed
+from autocompress.measure.size import Size
 from autocompress.policy import BITS, Criterion, LayerChoice, Policy, Recovery
 from autocompress.stored import Quantised
 from autocompress.task import divergence
@@ -144,6 +146,58 @@ def test_each_layer_is_stored_with_its_own_bits(bench: Workbench) -> None:
         assert isinstance(stored, Quantised)
         assert stored.bits == bits
         assert int(stored.codes.max()) < 2**bits
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.8])
+@pytest.mark.parametrize("scales", ["fixed", "learned"])
+@pytest.mark.parametrize("solver", ["nearest", "database"])
+def test_the_file_holds_the_weights_of_the_last_forward_pass_bit_for_bit(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, solver: Any, scales: Any, ema: float
+) -> None:
+    """The validation after the last step is a forward pass of what training arrived at."""
+    seen: list[dict[str, Tensor]] = []
+
+    def validate(model: nn.Module) -> float:
+        model(data(1)[0])
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return 0.0
+
+    monkeypatch.setattr(bench, "validate", validate)
+    layers = {
+        "stem": LayerChoice(4, 0.3),
+        "inner": LayerChoice(3, 0.5, "asymmetric"),
+        "outer": LayerChoice(1, 0.25),
+        "last": LayerChoice(2),
+        "head": LayerChoice(16),
+    }
+    recovery = Recovery(epochs=2, lr=0.1, scales=scales, ema=ema, adjust_factor=0.5, fold_bn=False, reestimate_bn=False)
+    compressed = compress(bench, Policy(layers, {groups(bench)[0]: 0.5}, recovery=recovery, solver=solver))
+    assert len(seen) == 8
+    header = Size(bench.graph, "task", "accuracy").header(compressed.policy, compressed.coded_lengths())
+    packed = unpack(pack(header, compressed.tensors, 0.5, compressed.policy.key())).tensors
+    for name in LAYERS:
+        stored = packed[f"{name}.weight"]
+        if isinstance(stored, Quantised):
+            rows = (-1, *[1] * (stored.codes.ndim - 1))
+            values = stored.scale.reshape(rows) * (stored.codes.float() - stored.zero.float().reshape(rows))
+            assert torch.equal(values, seen[-1][f"{name}.weight"])
+        assert torch.equal(stored.dense(), seen[-1][f"{name}.weight"])
+    for name in ("stem_norm.running_mean", "stem_norm.running_var"):  # at 16 bits
+        torch.testing.assert_close(packed[name].dense(), seen[-1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_learnt_scales_move_and_keep_their_signs(bench: Workbench) -> None:
+    before, after = (
+        compress(bench, everywhere(LayerChoice(3), bench, epochs=epochs, fold_bn=False, lr=0.3, scales="learned"))
+        for epochs in (0, 3)
+    )
+    for name in LAYERS:
+        a, b = before.tensors[f"{name}.weight"], after.tensors[f"{name}.weight"]
+        assert isinstance(a, Quantised)
+        assert isinstance(b, Quantised)
+        assert not torch.equal(a.scale, b.scale)
+        assert torch.equal(a.scale.sign(), b.scale.sign())
+        assert torch.equal(a.zero, b.zero)
 
 
 def test_training_does_not_move_a_layers_grid(bench: Workbench) -> None:
@@ -391,6 +445,110 @@ def test_every_option_of_recovery_changes_the_outcome(bench: Workbench, option: 
 @pytest.mark.parametrize("option", ["reestimate_bn", "fold_bn"])
 def test_norm_handling_works_without_training(bench: Workbench, option: str) -> None:
     assert all_differ(bench, [everywhere(SOME, bench, 0.5, **{option: value}) for value in (True, False)])
+
+
+def test_the_seed_of_training_changes_only_its_order(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = mixed(bench)
+    seeds: list[tuple[str, int]] = []
+    batches = bench.task.batches
+
+    def spy(split: Any, seed: int = 0) -> Any:
+        seeds.append((split, seed))
+        return batches(split, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.task, "batches", spy)
+        found = compress(bench, policy, seed=7)
+    assert ("train", 7) in seeds
+    assert ("train", 8) in seeds
+    assert not torch.equal(found.tensors["head.weight"].dense(), compress(bench, policy).tensors["head.weight"].dense())
+    again = compress(fresh_bench(), policy, seed=7)
+    assert all(torch.equal(stored.dense(), again.tensors[name].dense()) for name, stored in found.tensors.items())
+    same = compress(bench, policy, seed=bench.seed)
+    assert all(torch.equal(s.dense(), tensors(compress(bench, policy))[n]) for n, s in same.tensors.items())
+    one_shot = policy.without_recovery()
+    assert all(
+        torch.equal(stored.dense(), tensors(compress(bench, one_shot))[name])
+        for name, stored in compress(bench, one_shot, seed=7).tensors.items()
+    )
+
+
+def test_the_metric_of_a_plateau_is_that_of_the_screened_part(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = bench.task.score(bench.teacher, "val")
+    assert bench.validate(bench.teacher) == expected  # a small split is taken whole
+    large = Workbench(
+        ClassificationTask(bench.teacher, data(0), tuple(t.repeat(40, *[1] * (t.ndim - 1)) for t in data(1)), data(2))
+    )
+    counted: list[int] = []
+    score = large.task.score_batches
+    monkeypatch.setattr(
+        large.task,
+        "score_batches",
+        lambda m, batches: counted.append(sum(len(b.target) for b in batches)) or score(m, batches),
+    )
+    assert large.validate(bench.teacher) == pytest.approx(expected)
+    assert counted == [1024]
+
+
+# --- tasks that do not teach ----------------------------------------------------------------------------
+
+
+class Untaught(ClassificationTask):
+    """A task without training batches."""
+
+    def __init__(self, model: nn.Module, answer: Any) -> None:
+        super().__init__(model, data(0), data(1), data(2), batch_size=16)
+        self._answer = answer
+
+    def batches(self, split: Any, seed: int = 0) -> Any:
+        return self._answer() if split == "train" else super().batches(split, seed)
+
+
+def refusing() -> Any:
+    raise KeyError("no train split\nhere")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(list, "are empty"), (refusing, "raised KeyError: 'no train split"), (lambda: None, "raised TypeError")],
+)
+def test_a_task_without_training_batches_is_compressed_in_one_shot(answer: Any, reason: str) -> None:
+    bench = Workbench(Untaught(fitted(Residual()), answer))
+    assert not bench.trainable
+    assert reason in bench.untrainable
+    assert "\n" not in bench.untrainable
+    assert bench.steps_per_epoch == 0
+    policy = Policy({"inner": LayerChoice(3, 0.5)}, {groups(bench)[0]: 0.5}, "taylor", solver="database")
+    model = bench.realise(compress(bench, policy))
+    assert bench.task.score(model, "val") > 0.5
+    with pytest.raises(TaskError, match=r"task 'task' has no recovery training, its batches.*ask for 0 epochs"):
+        compress(bench, replace(policy, recovery=Recovery(epochs=1)))
+
+
+def test_a_task_with_training_batches_is_trainable(bench: Workbench) -> None:
+    assert bench.trainable
+    assert bench.untrainable == ""
+    assert bench.steps_per_epoch == 4
+
+
+def test_a_teacher_worse_than_its_student_does_not_stop_training() -> None:
+    torch.manual_seed(0)
+    untrained = Workbench(task_of(Residual().eval()))
+    policy = everywhere(LayerChoice(8), untrained, epochs=8, lr=0.1, distill_weight=0.2)
+    model = untrained.realise(compress(untrained, policy))
+    assert untrained.task.score(model, "train") > untrained.task.score(untrained.teacher, "train") + 0.2
+
+
+def test_batches_of_changing_size_train(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, targets = data(0)
+    sizes = [1, 30, 5, 28]
+    uneven = [Batch(x, y) for x, y in zip(inputs.split(sizes), targets.split(sizes), strict=True)]
+    whole = bench.task.batches
+    monkeypatch.setattr(bench.task, "batches", lambda split, seed=0: uneven if split == "train" else whole(split, seed))
+    found = tensors(compress(bench, mixed(bench, scales="learned", ema=0.9)))
+    assert all(torch.isfinite(value).all() for value in found.values())
 
 
 def test_the_seed_of_the_workbench_changes_training(bench: Workbench) -> None:

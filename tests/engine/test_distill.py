@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ import scipy.stats
 import torch
 from torch import Tensor, nn
 
-from autocompress.engine.distill import Features, hint_loss, recovery_loss
+from autocompress.engine.distill import Features, Teacher, changed, hint_loss, in_single_precision, recovery_loss
+from autocompress.engine.precision import Precision
 from autocompress.policy import Recovery
 from autocompress.task import Batch, divergence, soft_target_divergence, squared_error_divergence
 
@@ -135,3 +139,131 @@ def test_hooks_are_gone_after_the_context_even_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), Features(model, ("0",)):
         raise ZeroDivisionError
     assert not model[0]._forward_hooks
+
+
+# --- the teacher's memory -------------------------------------------------------------------------------
+
+PLAIN, HALF = Precision(), Precision(autocast=True)
+
+
+class Counted(nn.Module):
+    """Answers in a structure of the test's choice and counts how often it runs; its output's memory is used again."""
+
+    def __init__(self, structure: Callable[[Tensor], Any] = lambda t: t) -> None:
+        super().__init__()
+        self.inner, self.structure, self.runs = nn.Linear(3, 2), structure, 0
+        self.memory = torch.empty(0)
+
+    def forward(self, x: Tensor, flag: Any = None) -> Any:  # noqa: ARG002
+        self.runs += 1
+        self.memory = torch.zeros(len(x), 2) if len(self.memory) != len(x) else self.memory
+        return self.structure(self.memory.copy_(self.inner(x)))
+
+
+class Answer(OrderedDict[str, Any]):
+    """A mapping with attributes, as the outputs of language models are."""
+
+    @property
+    def logits(self) -> Tensor:
+        return self["logits"]
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+@dataclass
+class Record:
+    value: Tensor
+    name: str = "n"
+
+
+STRUCTURES: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda t: t,
+    "dict": lambda t: {"a": t, "b": [t + 1, "text"]},
+    "mapping": lambda t: Answer(logits=t),
+    "named tuple": lambda t: Pair(t, t + 1),
+    "list": lambda t: [t, (t + 1, None)],
+    "dataclass": lambda t: Record(t),
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_an_answer_that_is_remembered_is_the_one_that_was_given(structure: str) -> None:
+    model = Counted(STRUCTURES[structure])
+    teacher, inputs = Teacher(model), [logits(i, (4, 3)) for i in range(3)]
+    for x in inputs:
+        teacher(x, PLAIN)
+    for x in inputs:
+        said, meant = teacher(x.clone(), PLAIN), STRUCTURES[structure](model.inner(x))
+        assert type(said) is type(meant)
+        assert repr(said) == repr(changed(meant, lambda t: t.detach()))
+    assert model.runs == 3
+
+
+def test_a_mapping_keeps_its_attributes_in_single_precision() -> None:
+    said = in_single_precision(Answer(logits=torch.ones(2).bfloat16(), count=torch.arange(2)))
+    assert said.logits.dtype == torch.float32
+    assert said["count"].dtype == torch.int64
+
+
+def test_other_content_types_shapes_and_names_are_asked_for_anew() -> None:
+    model = Counted()
+    teacher, x = Teacher(model), torch.arange(12.0).reshape(4, 3)
+    different = [x, x.reshape(2, 6)[:, :3], x + 1, (x,), (x, 1), (x, 2), (x, "1"), {"x": x}, {"x": x, "flag": x}]
+    for inputs in different:
+        teacher(inputs, PLAIN)
+    assert model.runs == len(different)
+    teacher(x, HALF)
+    assert model.runs == len(different) + 1
+    for inputs in different:
+        teacher(inputs, PLAIN)
+    assert model.runs == len(different) + 1
+
+
+def test_inputs_that_cannot_be_compared_are_never_remembered() -> None:
+    model = Counted()
+    teacher = Teacher(model)
+    for _ in range(2):
+        teacher((torch.ones(1, 3), object()), PLAIN)
+    assert model.runs == 2
+
+
+def test_hooks_see_the_model_run_even_when_it_has_answered_before() -> None:
+    model = Counted()
+    teacher = Teacher(model)
+    for _ in range(2):
+        teacher(torch.ones(1, 3), PLAIN, remember=False)
+    assert model.runs == 2
+
+
+def test_the_memory_is_bounded_and_a_long_epoch_keeps_its_first_answers() -> None:
+    model = Counted()
+    one = 4 * 2 * 4  # bytes of an answer
+    teacher, inputs = Teacher(model, limit=3 * one), [logits(i, (4, 3)) for i in range(5)]
+    for training, runs in ((1, 5), (2, 5 + 2), (3, 7 + 2)):
+        teacher.begin()
+        for x in inputs:
+            teacher(x, PLAIN)
+        assert model.runs == runs, training
+    teacher.begin()
+    for x in inputs[3:]:  # another order: what no longer is asked for makes room
+        teacher(x, PLAIN)
+        teacher(x, PLAIN)
+    assert model.runs == 9 + 2
+
+
+def test_an_answer_larger_than_the_memory_is_given_all_the_same() -> None:
+    model = Counted()
+    teacher = Teacher(model, limit=1)
+    assert torch.equal(teacher(torch.ones(1, 3), PLAIN), teacher(torch.ones(1, 3), PLAIN))
+    assert model.runs == 2
+
+
+def test_answers_in_bfloat16_are_given_in_single_precision() -> None:
+    model = nn.Linear(3, 2)
+    said = Teacher(model)(logits(0, (4, 3)), HALF)
+    assert said.dtype == torch.float32
+    assert torch.equal(said, said.bfloat16().float())
+    torch.testing.assert_close(said, model(logits(0, (4, 3))).detach(), rtol=0.05, atol=0.05)

@@ -9,13 +9,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from autocompress import Batch, ClassificationTask, RegressionTask
 from autocompress.engine import finetune
 from autocompress.engine.constraint import Constraint
 from autocompress.engine.distill import Teacher
-from autocompress.engine.finetune import LARGEST_NORM, MOMENTUM, WEIGHT_DECAY, Course, Hints, normalise_gradients, train
+from autocompress.engine.finetune import (
+    LARGEST_NORM,
+    LEAST_SCALE,
+    MOMENTUM,
+    WEIGHT_DECAY,
+    Course,
+    Hints,
+    normalise_gradients,
+    train,
+)
 from autocompress.engine.prune import magnitude_mask
 from autocompress.engine.quantize import Grid, fit_grid, quantise
 from autocompress.policy import Decay, Gradient, LayerChoice, Recovery
@@ -300,6 +309,113 @@ def test_validation_does_not_change_training(monkeypatch: pytest.MonkeyPatch) ->
     a = trained(heard, {"0.weight": constraint}, validate=lambda _: float(next(rising)))
     b = trained(Recovery(epochs=2, lr=0.1, scales="learned", ema=0.9), {"0.weight": constraint})
     assert equal(state_of(a), state_of(b))
+
+
+# --- averages and learned scales ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steps() -> Iterator[list[list[Tensor]]]:
+    """The parameters after each optimizer step, scales last where they learn."""
+    found: list[list[Tensor]] = []
+
+    def note(optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+        found.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
+
+    handle = register_optimizer_step_post_hook(note)
+    yield found
+    handle.remove()
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.9])
+def test_the_average_is_an_exponential_moving_one_of_weights_and_statistics(
+    decay: float, steps: list[list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statistics: list[np.ndarray] = []
+    average = finetune._Average.update
+
+    def spy(self: Any) -> None:
+        statistics.append(self._tensors[-1].double().numpy().copy())
+        average(self)
+
+    monkeypatch.setattr(finetune._Average, "update", spy)
+    student = trained(Recovery(epochs=3, lr=0.1, ema=decay))
+    start = mlp()
+    weight, variance = start[0].weight.detach().double().numpy(), start[1].running_var.double().numpy()
+    for n, (now, seen) in enumerate(zip(steps, statistics, strict=True), 1):
+        share = min(decay, (1 + n) / (10 + n))
+        weight = share * weight + (1 - share) * now[0].double().numpy()
+        variance = share * variance + (1 - share) * seen
+    np.testing.assert_allclose(student[0].weight.detach().numpy(), weight, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(student[1].running_var.numpy(), variance, rtol=1e-5)
+    assert not np.allclose(student[0].weight.detach().numpy(), steps[-1][0].numpy(), atol=1e-4)
+
+
+def test_the_average_is_put_on_the_average_of_the_grids(steps: list[list[Tensor]]) -> None:
+    weight, decay = mlp()[0].weight.detach(), 0.9
+    mask, grid = magnitude_mask(weight, 20), fit_grid(weight, 3, symmetric=True)
+    task, recovery = Classification(), Recovery(epochs=3, lr=0.2, ema=decay, scales="learned")
+    student = task.model()
+    start = {"0.weight": Constraint(mask, grid)}
+    final = train(student, Teacher(teacher_of(task)), start, Course(task, recovery, STEPS))["0.weight"]
+    w, s = weight.double().numpy(), grid.scale.double().numpy()
+    for n, now in enumerate(steps, 1):
+        share = min(decay, (1 + n) / (10 + n))
+        w = share * w + (1 - share) * now[0].double().numpy()
+        s = share * s + (1 - share) * now[-1].double().numpy()
+    np.testing.assert_allclose(final.grid.scale.numpy(), s, rtol=2e-3)  # 11 bits
+    expected = quantise(torch.tensor(w).float(), LayerChoice(3), mask, final.grid)
+    assert (expected.dense() != student[0].weight).float().mean() < 0.05  # ties of rounding
+    assert torch.equal(final.stored(student[0].weight), student[0].weight)
+
+
+def test_scales_do_not_decay_and_never_come_near_zero(steps: list[list[Tensor]]) -> None:
+    class Still(Classification):
+        """A loss that pulls at nothing: weight decay alone moves weights."""
+
+        def loss(self, outputs: Any, batch: Batch) -> Tensor:  # noqa: ARG002
+            return 0.0 * outputs.sum()
+
+    weight = mlp()[0].weight.detach()
+    constraint = {"0.weight": Constraint(None, fit_grid(weight, 4, symmetric=True))}
+    trained(Recovery(epochs=1, lr=1.0, distill_weight=0.0, scales="learned"), constraint, task=Still())
+    assert torch.equal(steps[-1][-1], constraint["0.weight"].grid.scale)
+    assert not torch.equal(steps[-1][0], weight)
+
+
+def test_a_scale_that_is_pushed_through_zero_stops_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "WEIGHT_DECAY", 0.0)
+
+    class Shrinking(Classification):
+        def loss(self, outputs: Any, batch: Batch) -> Tensor:  # noqa: ARG002
+            return outputs.square().sum()
+
+    weight = mlp()[4].weight.detach()
+    grid = fit_grid(weight, 2, symmetric=True)
+    assert (grid.scale < 0).any()
+    assert (grid.scale > 0).any()
+    task = Shrinking()
+    student = task.model()
+    recovery = Recovery(epochs=4, lr=0.5, decay="constant", distill_weight=0.0, scales="learned", gradient="clip")
+    found = train(
+        student, Teacher(teacher_of(task)), {"4.weight": Constraint(None, grid)}, Course(task, recovery, STEPS)
+    )
+    ratio = found["4.weight"].grid.scale / grid.scale
+    assert float(ratio.min()) == pytest.approx(LEAST_SCALE, rel=1e-3)
+
+
+def test_a_weight_that_is_not_finite_after_the_last_step_is_an_error() -> None:
+    class Exploding(Classification):
+        """One batch, whose loss is finite and whose gradient is not."""
+
+        def batches(self, split: Any, seed: int = 0) -> Any:
+            return list(super().batches(split, seed))[:1]
+
+        def loss(self, outputs: Any, batch: Batch) -> Tensor:  # noqa: ARG002
+            return torch.sqrt((outputs * 0).sum())
+
+    with pytest.raises(FloatingPointError, match="not finite after the last step"):
+        trained(Recovery(epochs=1, distill_weight=0.0), task=Exploding())
 
 
 def test_progress_hears_every_step() -> None:

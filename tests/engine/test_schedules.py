@@ -46,7 +46,7 @@ def one_cycle(sgd: torch.optim.SGD, total: int, rate: float, rise: float = RISE)
 
 def torch_rates(decay: Decay, total: int, rate: float) -> list[float]:
     if decay == "one-cycle":
-        return rates_of(lambda o: one_cycle(o, total, rate), total - 1) + [rate]
+        return [*rates_of(lambda o: one_cycle(o, total, rate), total - 1), rate]
     if decay == "constant":
         return rates_of(lambda o: lr_scheduler.ConstantLR(o, factor=1.0), total)
     if decay == "step":
@@ -127,7 +127,7 @@ def test_the_plateau_follows_torch_on_any_sequence(
 @pytest.mark.parametrize("total", [7, 30, 101])
 def test_a_one_cycle_rate_rises_during_the_warm_up(rise: float, total: int) -> None:
     recovery = Recovery(decay="one-cycle", decay_rate=0.02, warmup=rise)
-    expected = rates_of(lambda o: one_cycle(o, total, 0.02, rise), total - 1) + [0.02]
+    expected = [*rates_of(lambda o: one_cycle(o, total, 0.02, rise), total - 1), 0.02]
     found = [factor(recovery, step, total) for step in range(total)]
     assert found == pytest.approx(expected, rel=0, abs=1e-12)
     assert factor(recovery, total, total) == 0.02  # an epoch that was longer than the first
