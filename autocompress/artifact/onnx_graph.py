@@ -25,6 +25,7 @@ from autocompress.artifact.onnx_rewrite import (
     float_outputs,
     integer_selections,
     pad_integers,
+    pool_means,
     prune,
     selections,
 )
@@ -313,14 +314,15 @@ def _with_scales(skeleton: Skeleton, ranges: Mapping[str, Range], integer: froze
     from onnxruntime.quantization.calibrate import TensorData, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-    moved = {node.output[0]: node.input[0] for node in selections(skeleton.proto.graph)}
-    ranges = {name: ranges[moved.get(name, name)] for name in ranges}  # what only moves keeps its scale
+    exported = deepcopy(skeleton.proto)
+    alike = pool_means(exported.graph) | {x.output[0]: x.input[0] for x in selections(exported.graph)}
+    ranges = {**ranges, **{name: ranges[other] for name, other in alike.items()}}  # what only moves keeps its scale
     named = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
     floats = [node for name, node in skeleton.weights.items() if name not in integer]
     unknown = [n.name for n in skeleton.proto.graph.node if n.op_type in INTEGER_OPS]
     others = [name for name in unknown if name not in set(skeleton.weights.values())]
     quantiser = QDQQuantizer(
-        deepcopy(skeleton.proto),
+        exported,
         per_channel=True,
         reduce_range=False,
         weight_qType=QuantType.QInt8,

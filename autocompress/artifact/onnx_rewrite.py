@@ -73,39 +73,16 @@ def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 
 def rewrite(proto: onnx.ModelProto) -> None:
-    """Means over space become pooling, subsampled shortcuts convolutions: both of which have integer kernels."""
+    """Subsampled shortcuts become convolutions, in place: floats stay in the blocks that convolutions work on."""
     graph = proto.graph
     view = _View.of(graph)
     kept: list[onnx.NodeProto] = []
     for node in graph.node:
-        if node.op_type == "ReduceMean":
-            kept += _pooled(node, view) or [node]
-        elif node.op_type == "Pad":
-            nodes, tensors = _selected(node, view)
-            kept += nodes or [node]
-            graph.initializer.extend(tensors)
-        else:
-            kept.append(node)
+        nodes, tensors = _selected(node, view) if node.op_type == "Pad" else ([], [])
+        kept += nodes or [node]
+        graph.initializer.extend(tensors)
     _set_nodes(graph, kept)
     prune(graph)
-
-
-def _pooled(node: onnx.NodeProto, view: _View) -> list[onnx.NodeProto]:
-    """The mean over all dimensions but the first two of four or more; nothing for other means.
-
-    With three dimensions it may be over the features of a sequence, which is no pooling to the quantiser.
-    """
-    rank = len(view.shapes.get(node.input[0], ()))
-    axes = view.constants.get(node.input[1]) if len(node.input) > 1 else None
-    if rank < 4 or axes is None or {int(axis) % rank for axis in axes.reshape(-1)} != set(range(2, rank)):
-        return []
-    output = node.output[0]
-    if _attribute(node, "keepdims", 1):
-        return [helper.make_node("GlobalAveragePool", [node.input[0]], [output])]
-    return [
-        helper.make_node("GlobalAveragePool", [node.input[0]], [f"{output}:pooled"]),
-        helper.make_node("Squeeze", [f"{output}:pooled", node.input[1]], [output]),
-    ]
 
 
 def _selected(pad: onnx.NodeProto, view: _View) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
@@ -166,6 +143,36 @@ def _channel_padding(pad: onnx.NodeProto, view: _View) -> tuple[int, int] | None
 
 
 # --- of integers, as they are quantised ---------------------------------------------------------------------
+
+
+def pool_means(graph: onnx.GraphProto) -> dict[str, str]:
+    """Means over space become pooling, which has an integer kernel; floats are no quicker by it.
+
+    Names of the tensors in between, and of those that have the same values.
+    """
+    view = _View.of(graph)
+    found = {node.output[0]: _pooled(node, view) for node in graph.node if node.op_type == "ReduceMean"}
+    kept = [found.get(node.output[0]) or [node] for node in graph.node]
+    _set_nodes(graph, [node for nodes in kept for node in nodes])
+    return {nodes[0].output[0]: nodes[1].output[0] for nodes in found.values() if len(nodes) > 1}
+
+
+def _pooled(node: onnx.NodeProto, view: _View) -> list[onnx.NodeProto]:
+    """The mean over all dimensions but the first two of four or more; nothing for other means.
+
+    With three dimensions it may be over the features of a sequence, which is no pooling to the quantiser.
+    """
+    rank = len(view.shapes.get(node.input[0], ()))
+    axes = view.constants.get(node.input[1]) if len(node.input) > 1 else None
+    if rank < 4 or axes is None or {int(axis) % rank for axis in axes.reshape(-1)} != set(range(2, rank)):
+        return []
+    output = node.output[0]
+    if _attribute(node, "keepdims", 1):
+        return [helper.make_node("GlobalAveragePool", [node.input[0]], [output])]
+    return [
+        helper.make_node("GlobalAveragePool", [node.input[0]], [f"{output}:pooled"]),
+        helper.make_node("Squeeze", [f"{output}:pooled", node.input[1]], [output]),
+    ]
 
 
 def selections(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
