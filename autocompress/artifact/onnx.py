@@ -42,6 +42,7 @@ from autocompress.artifact.onnx_graph import (
     filled,
     quantised,
 )
+from autocompress.artifact.onnx_rewrite import rewrite
 from autocompress.errors import ArtifactError, ExportError
 from autocompress.graph import Layer
 from autocompress.runtime import Outputs, RuntimeModel, feeds, session
@@ -131,6 +132,7 @@ def _program(exported: nn.Module, inputs: Any, model: nn.Module) -> tuple[onnx.M
             place, values = places[name], value.detach().cpu().numpy()
             whole = np.ascontiguousarray(values.T if place.transposed else values)
             tensors_of[place.name].CopyFrom(numpy_helper.from_array(whole, place.name))
+    rewrite(proto)
     return proto, places
 
 

@@ -20,6 +20,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from autocompress.artifact.onnx_rewrite import (
+    align_inputs,
+    float_outputs,
+    integer_selections,
+    pad_integers,
+    pool_means,
+    prune,
+    selections,
+)
+
 Array = np.ndarray[Any, Any]
 Range = tuple[float, float]
 
@@ -261,37 +271,14 @@ def quantised(skeleton: Skeleton, ranges: Mapping[str, Range], integer: Iterable
             bias.output[0] = node.input[2] = f"{given}:grid"
             added.append(helper.make_node("B", [given, f"{source}:scale", data.input[1]], [*bias.input], domain=DOMAIN))
     graph.node.extend([*added, *_dynamic(graph, skeleton)])
-    graph.node.extend(list(_fenced(graph, {skeleton.weights[name] for name in chosen})))
-    _pad_integers(proto)
+    names = {skeleton.weights[name] for name in chosen}
+    graph.node.extend(list(_fenced(graph, names | integer_selections(graph))))
+    pad_integers(graph)
+    shapes = {tensor.name: tensor.dims for tensor in skeleton.proto.graph.initializer}
+    align_inputs(graph, {skeleton.weights[name]: shapes[skeleton.places[name].name] for name in chosen})
+    float_outputs(graph, names)
+    prune(graph)
     return Skeleton(proto, skeleton.places, skeleton.weights, chosen)
-
-
-def _pad_integers(proto: onnx.ModelProto) -> None:
-    """Constant padding of integers instead of floats: DQ -> Pad -> Q -> DQ becomes Pad -> DQ.
-
-    What is padded keeps its own scale, and the zero point is its zero.
-    """
-    graph = proto.graph
-    makers = {output: node for node in graph.node for output in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    for pad in [node for node in graph.node if node.op_type == "Pad"]:
-        before = makers.get(pad.input[0])
-        after = readers.get(pad.output[0], [])
-        constant = all(a.name != "mode" or a.s == b"constant" for a in pad.attribute)
-        plain = len(pad.input) == 2 or not pad.input[2]
-        if not (constant and plain and before is not None and before.op_type == "DequantizeLinear"):
-            continue
-        if [node.op_type for node in after] != ["QuantizeLinear"]:
-            continue
-        for last in readers.get(after[0].output[0], []):
-            last.input[0], last.input[1], last.input[2] = pad.output[0], before.input[1], before.input[2]
-        graph.node.remove(after[0])
-        pad.input[0] = before.input[0]
-        del pad.input[2:]
-        pad.input.append(before.input[2])
 
 
 def _dynamic(graph: onnx.GraphProto, skeleton: Skeleton) -> Iterator[onnx.NodeProto]:
@@ -327,12 +314,15 @@ def _with_scales(skeleton: Skeleton, ranges: Mapping[str, Range], integer: froze
     from onnxruntime.quantization.calibrate import TensorData, TensorsData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
+    exported = deepcopy(skeleton.proto)
+    alike = pool_means(exported.graph) | {x.output[0]: x.input[0] for x in selections(exported.graph)}
+    ranges = {**ranges, **{name: ranges[other] for name, other in alike.items()}}  # what only moves keeps its scale
     named = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
     floats = [node for name, node in skeleton.weights.items() if name not in integer]
     unknown = [n.name for n in skeleton.proto.graph.node if n.op_type in INTEGER_OPS]
     others = [name for name in unknown if name not in set(skeleton.weights.values())]
     quantiser = QDQQuantizer(
-        deepcopy(skeleton.proto),
+        exported,
         per_channel=True,
         reduce_range=False,
         weight_qType=QuantType.QInt8,

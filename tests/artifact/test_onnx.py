@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from autocompress import ArtifactError, Batch, LayerChoice, Policy, Workbench, compress
 from autocompress.artifact import onnx as artifact
+from autocompress.artifact import onnx_graph
 from autocompress.artifact.onnx import MASK_BYTES, About, Candidate, Exporter
 from autocompress.errors import ExportError
 from autocompress.policy import BITS
@@ -69,6 +70,10 @@ class Sequence(nn.Module):
 
 TURNED = ("hidden.weight", "mix.weight")
 """Weights that are transposed in the file."""
+
+
+LAST = ("fc", "kind", "mean")
+"""Linear layers whose outputs the network returns."""
 
 
 class Wave(nn.Module):
@@ -146,6 +151,35 @@ class Depthwise(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+class Shortcut(nn.Module):
+    """Shortcuts without parameters around strided blocks, on odd sizes; returns a map and a classification."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a1, self.a2 = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3, 2, 1), nn.Conv2d(8, 32, 3, 1, 1)
+        self.b1, self.b2, self.fc = nn.Conv2d(32, 16, 3, 3, 1), nn.Conv2d(16, 36, 1), nn.Linear(36, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.stem(x))  # 13x9 pixels
+        y = self.a2(torch.relu(self.a1(x)))
+        x = torch.relu(y + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8)))  # 7x5
+        y = self.b2(torch.relu(self.b1(x)))
+        x = y + F.pad(x[:, :, ::3, ::3], (0, 0, 0, 0, 0, 4))  # 3x2
+        return x, self.fc(torch.relu(x).mean(dim=(2, 3)))
+
+
+class Bordered(nn.Module):
+    """Padding that is no shortcut's, of a map that is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        return self.c(torch.relu(self.b(F.pad(x, (1, 1, 1, 1))) + x))
+
+
 Inputs = Callable[[int], Any]
 CASES: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "residual": (Residual, lambda n: torch.randn(n, 3, 6, 6)),
@@ -155,6 +189,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "baked": (Baked, lambda n: torch.randn(n, 3, 6, 6)),
     "depthwise": (Depthwise, lambda n: torch.randn(n, 3, 6, 6)),
     "alike": (Alike, lambda n: torch.randn(n, 6)),
+    "shortcut": (Shortcut, lambda n: torch.randn(n, 3, 15, 11)),
+    "bordered": (Bordered, lambda n: torch.randn(n, 3, 6, 6)),
 }
 
 
@@ -272,7 +308,10 @@ def quantiser(low: float, high: float) -> Callable[[Tensor], Tensor]:
 
 
 def simulated(known: Case, made: Candidate) -> nn.Module:
-    """The model in floats with rounded inputs and outputs of every layer: an independent account of integer kernels."""
+    """The model in floats with rounded inputs and outputs of every layer: an independent account of integer kernels.
+
+    Linear layers that make the network's outputs give them as floats.
+    """
     model, ranges = copy.deepcopy(made.model), {}
     layers = [layer.name for layer in known.bench.graph.layers if layer.kind != "embedding"]
 
@@ -293,7 +332,8 @@ def simulated(known: Case, made: Candidate) -> nn.Module:
     for name in layers:
         before, after = around(name)
         model.get_submodule(name).register_forward_pre_hook(before)
-        model.get_submodule(name).register_forward_hook(after)
+        if name not in LAST:
+            model.get_submodule(name).register_forward_hook(after)
     return model
 
 
@@ -304,7 +344,7 @@ def saturates(made: Candidate) -> bool:
     return "vnni" not in device() and any(int(c.abs().max()) * 255 * 2 >= 2**15 for c in codes)
 
 
-@pytest.mark.parametrize("name", ["residual", "sequence", "wave", "baked", "alike"])
+@pytest.mark.parametrize("name", ["residual", "sequence", "wave", "baked", "alike", "bordered"])
 def test_integer_file_is_a_few_steps_from_a_simulation(name: str) -> None:
     known = case(name)
     dense = outputs(known.candidate(Policy()).model, known.inputs)
@@ -512,10 +552,66 @@ def test_kernels_are_told_apart_by_shapes_and_precision_alone() -> None:
     assert len(set(key.values())) == 3
 
 
+@cache
+def before() -> Case:
+    """A network of shortcuts as it is exported."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(artifact, "rewrite", lambda _: None)
+        return opened(seeded(Shortcut), case("shortcut").inputs)
+
+
+@pytest.mark.parametrize("bits", [2, 7])
+def test_rewritten_integers_are_those_of_the_graph_before(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what a linear layer returns is not rounded to bytes any more, nor cut off at the dense model's range."""
+    known, policy = case("shortcut"), case("shortcut").uniform(bits, activations=8)
+    exact = outputs(known.exporter.module(session(known.build(policy)[0])), known.inputs)
+    for name in ("align_inputs", "float_outputs", "pool_means"):
+        monkeypatch.setattr(onnx_graph, name, lambda *_: {})
+    plain = outputs(known.exporter.module(session(before().build(policy)[0])), known.inputs)
+    assert torch.equal(exact[0], plain[0])
+    dense = outputs(known.candidate(Policy()).model, known.inputs)[1]
+    step = float(dense.max().clamp_min(0) - dense.min().clamp_max(0)) / 255
+    inside = (exact[1] < dense.max()) & (exact[1] > dense.min())
+    assert 0.1 * step < float((exact[1] - plain[1])[inside].abs().max()) < 0.51 * step
+
+
+def test_shortcuts_and_means_stay_integers_between_the_ends(tmp_path: Path) -> None:
+    policy = case("shortcut").uniform(4, activations=8)
+    found = Counter(node.op_type for node in optimised(case("shortcut").build(policy)[0], tmp_path).graph.node)
+    assert (found["QLinearConv"], found["QLinearGlobalAveragePool"], found["QGemm"]) == (5 + 2, 1, 1)
+    assert not found.keys() & {"Slice", "ReduceMean", "Conv", "Gemm", "Flatten"}
+    assert (found["QuantizeLinear"], found["DequantizeLinear"], found["Pad"]) == (1, 1, 1), "the ends' alone"
+
+
+def test_float_shortcuts_are_convolutions_whose_weight_is_made_when_the_file_is_loaded(tmp_path: Path) -> None:
+    content, _ = case("shortcut").build(case("shortcut").uniform(4))
+    operations = {node.op_type for node in optimised(content, tmp_path).graph.node}
+    assert not operations & {"Slice", "Pad", "ConstantOfShape", "EyeLike", "Unsqueeze"}
+    assert len(content) <= len(before().build(case("shortcut").uniform(4))[0]), "no weight of zeros and ones"
+
+
+def test_three_colours_are_four_where_there_are_enough_output_channels(tmp_path: Path) -> None:
+    for name, channels in (("shortcut", 4), ("bordered", 3)):
+        proto = optimised(case(name).build(case(name).uniform(4, activations=8))[0], tmp_path)
+        shapes = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
+        first = next(node for node in proto.graph.node if node.op_type == "QLinearConv")
+        assert shapes[first.input[3]][1] == channels
+
+
+@pytest.mark.parametrize("name", ["shortcut", "bordered", "residual", "wave"])
+@pytest.mark.parametrize("activations", [8, 32])
+def test_every_node_of_a_file_is_read(name: str, activations: int) -> None:
+    graph = onnx.load_from_string(case(name).build(case(name).uniform(4, activations=activations))[0]).graph
+    read = {name for node in graph.node for name in node.input} | {port.name for port in graph.output}
+    assert [node.op_type for node in graph.node if not read.intersection(node.output)] == []
+
+
 # --- narrower networks ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "exports"), [("residual", 0), ("sequence", 0), ("depthwise", 0), ("baked", 1)])
+@pytest.mark.parametrize(
+    ("name", "exports"), [("residual", 0), ("sequence", 0), ("depthwise", 0), ("shortcut", 0), ("baked", 1)]
+)
 def test_narrow_candidate_is_exported_again_only_where_the_graph_holds_sizes(
     name: str, exports: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
