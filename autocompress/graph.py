@@ -136,8 +136,8 @@ class Graph:
                 raise PolicyError(f"channel group {name!r} cannot be pruned: {groups[name].frozen}")
             if ratio == 0 and not groups[name].removable:
                 raise PolicyError(
-                    f"channel group {name!r} cannot be removed: the outputs would no longer depend on the inputs, or its "
-                    "readers read other channels too; keep a ratio above 0"
+                    f"channel group {name!r} cannot be removed: its readers read others too, or the outputs would "
+                    "no longer depend on the inputs; keep more than 0"
                 )
 
     def kept(self, policy: Policy) -> dict[str, int]:

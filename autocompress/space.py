@@ -103,7 +103,8 @@ class LayerSection(_Section):
 class ChannelSection(_Section):
     """`[channels]`: how many channels of each coupling group may stay, and by which importance.
 
-    A ratio of 0 counts only where a whole group can go, as a residual branch can. Runtimes are fast at round widths of convolutions only, so `multiple_of` leaves groups without one alone.
+    A ratio of 0 counts only where a whole group can go, as a residual branch can. Runtimes are fast at round widths of
+    convolutions only, so `multiple_of` leaves groups without one alone.
     """
 
     keep: Ratios = [1.0]

@@ -12,7 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from typing import Any
 
@@ -38,23 +38,39 @@ FOLLOWERS = (
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The initializer that holds a tensor of the model, `transposed` if its two dimensions are swapped there."""
+    """The initializer that holds a tensor of the model, `transposed` if its two dimensions are swapped there.
+
+    It has `trailing` dimensions of size 1 more than the tensor: a bias that is added along the channels of a map.
+    """
 
     name: str
     transposed: bool = False
+    trailing: int = 0
+
+    def shaped(self, values: Array) -> Array:
+        """The tensor's values as they are there."""
+        return values.T if self.transposed else values.reshape(*values.shape, *[1] * self.trailing)
 
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
     """A network in ONNX. `places` maps each state-dict name to its initializer, whose values do not matter.
 
-    `weights` are the state-dict names of those that integer kernels may compute with, and `integer` those that do.
+    `weights` are the state-dict names of those that integer kernels may compute with, with their nodes, and `integer`
+    those that do. `numbers` are the weights in whose order nodes are numbered, if not just these.
     """
 
     proto: onnx.ModelProto
     places: Mapping[str, Place]
     weights: Mapping[str, str]
     integer: frozenset[str] = frozenset()
+    numbers: tuple[str, ...] = ()
+
+    @property
+    def numbered(self) -> dict[str, str]:
+        """The name in a file of each node that computes with a weight."""
+        order = {name: i for i, name in enumerate(self.numbers or self.weights)}
+        return {node: str(order[name]) for name, node in self.weights.items()}
 
 
 # --- what is stored ---------------------------------------------------------------------------------------
@@ -228,6 +244,83 @@ def _functions() -> dict[str, onnx.FunctionProto]:
 _FUNCTIONS = _functions()
 
 
+# --- without branches -------------------------------------------------------------------------------------
+
+
+def cut(skeleton: Skeleton, silent: Mapping[str, str]) -> Skeleton | None:
+    """The skeleton without what computes the inputs of the weights `silent`, which map to their biases.
+
+    Their layers' outputs become these biases, added along the channels. None where something else than an addition to
+    a tensor of the same shape takes such outputs.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(skeleton.proto)
+    places = dict(skeleton.places)
+    for weight, bias in silent.items():
+        if weight not in skeleton.weights or bias not in places or not _silence(proto.graph, skeleton, weight, bias):
+            return None
+        rank = len(next(t for t in proto.graph.initializer if t.name == f"{places[bias].name}:map").dims)
+        places[bias] = Place(f"{places[bias].name}:map", trailing=rank - 1)
+    _drop_unused(proto.graph)
+    left = {tensor.name for tensor in proto.graph.initializer}
+    nodes = {node.name for node in proto.graph.node}
+    return Skeleton(
+        proto,
+        {name: place for name, place in places.items() if place.name in left},
+        {name: node for name, node in skeleton.weights.items() if node in nodes},
+        numbers=skeleton.numbers or tuple(skeleton.weights),
+    )
+
+
+def _silence(graph: onnx.GraphProto, skeleton: Skeleton, weight: str, bias: str) -> bool:
+    """Let the additions that read a layer's output take its bias instead; whether that is all that read it."""
+    node = next(node for node in graph.node if node.name == skeleton.weights[weight])
+    source, output = skeleton.places[bias].name, node.output[0]
+    if node.op_type == "MatMul":  # its bias is added behind it
+        behind = [n for n in graph.node if output in n.input]
+        if len(behind) != 1 or behind[0].op_type != "Add" or source not in behind[0].input:
+            return False
+        output = behind[0].output[0]
+    elif len(node.input) < 3 or node.input[2] != source:
+        return False
+    shapes = {value.name: _dims(value) for value in graph.value_info}
+    readers = [n for n in graph.node if output in n.input]
+    for reader in readers:
+        other = [name for name in reader.input if name != output]
+        if reader.op_type != "Add" or len(other) != 1 or shapes.get(other[0], ()) != shapes.get(output):
+            return False
+    if not readers or output in {port.name for port in graph.output}:
+        return False
+    tensor = next(tensor for tensor in graph.initializer if tensor.name == source)
+    trailing = len(shapes[output]) - 2 if node.op_type == "Conv" else 0
+    values = numpy_helper.to_array(tensor)
+    graph.initializer.append(numpy_helper.from_array(values.reshape(-1, *[1] * trailing), f"{source}:map"))
+    for reader in readers:
+        reader.input[list(reader.input).index(output)] = f"{source}:map"
+    return True
+
+
+def _dims(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove nodes and initializers that no output depends on."""
+    makers = {output: node for node in graph.node for output in node.output}
+    needed: set[str] = set()
+    left = [port.name for port in graph.output]
+    while left:
+        name = left.pop()
+        if name not in needed:
+            needed.add(name)
+            left.extend(makers[name].input if name in makers else ())
+    nodes = [node for node in graph.node if needed.intersection(node.output)]
+    tensors = [tensor for tensor in graph.initializer if tensor.name in needed]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(tensors)
+
+
 # --- from floats to integers ------------------------------------------------------------------------------
 
 
@@ -263,7 +356,7 @@ def quantised(skeleton: Skeleton, ranges: Mapping[str, Range], integer: Iterable
     graph.node.extend([*added, *_dynamic(graph, skeleton)])
     graph.node.extend(list(_fenced(graph, {skeleton.weights[name] for name in chosen})))
     _pad_integers(proto)
-    return Skeleton(proto, skeleton.places, skeleton.weights, chosen)
+    return replace(skeleton, proto=proto, integer=chosen)
 
 
 def _pad_integers(proto: onnx.ModelProto) -> None:
@@ -378,7 +471,7 @@ def filled(skeleton: Skeleton, fillings: Mapping[str, Filling], names: int = SHO
     del proto.functions[:], proto.opset_import[:]
     proto.functions.extend(function for name, function in _FUNCTIONS.items() if name in called)
     proto.opset_import.extend([helper.make_opsetid("", OPSET), *([helper.make_opsetid(DOMAIN, 1)] if called else [])])
-    _compact(proto, {node: str(i) for i, node in enumerate(skeleton.weights.values())}, names)
+    _compact(proto, skeleton.numbered, names)
     return proto
 
 
@@ -434,10 +527,9 @@ class _Parts:
             if not integer:
                 self._floats(place, codes, scale, filling.codes.ndim)
         elif isinstance(filling, Halves):
-            values = filling.values.T if place.transposed else filling.values
-            self._halves(place.name, Halves(values, filling.unit))
+            self._halves(place.name, Halves(place.shaped(filling.values), filling.unit))
         else:
-            self._tensor(place.name, filling.T if place.transposed else filling)
+            self._tensor(place.name, place.shaped(filling))
 
     def _floats(self, place: Place, codes: str, scale: str, ndim: int) -> None:
         """Floats for kernels that know no integers."""

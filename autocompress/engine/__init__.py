@@ -209,9 +209,7 @@ class Workbench:
             stays = remaining(self.graph, kept)
             state = self._silenced(sliced(self.state, stays))
             layers = {
-                x.weight: x
-                for x in self.graph.layers
-                if state[x.weight].numel() and self.compensates(x, policy.solver)
+                x.weight: x for x in self.graph.layers if state[x.weight].numel() and self.compensates(x, policy.solver)
             }
             base = self.database if layers else None
             found = Narrow(kept, stays, state, layers, base)

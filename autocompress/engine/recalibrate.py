@@ -85,9 +85,7 @@ def anchored(
     return result
 
 
-def constant(
-    layer: Layer, state: Mapping[str, Tensor], mean: Tensor, eps: Mapping[str, float]
-) -> dict[str, Tensor]:
+def constant(layer: Layer, state: Mapping[str, Tensor], mean: Tensor, eps: Mapping[str, float]) -> dict[str, Tensor]:
     """Tensors with which a `layer` without inputs gives what it gave on average, behind its norm if that follows alone.
 
     `mean` (out,) is that of its outputs without bias before. The norm's shift holds it, as folding and training keep
