@@ -234,7 +234,7 @@ def _places(proto: onnx.ModelProto, model: nn.Module) -> dict[str, Place]:
             elif value.ndim == 2 and array.shape == value.shape[::-1] and np.array_equal(array.T, value):
                 found[name] = Place(other, transposed=True)
             elif _is_map(array, value):
-                found[name] = Place(other, trailing=array.ndim - 1)
+                found[name] = Place(other, spread=array.shape[1:])
             else:
                 continue
             free.pop(other)

@@ -8,6 +8,7 @@ ONNX, but no torch, task or search.
 from __future__ import annotations
 
 import itertools
+import math
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,16 +41,18 @@ FOLLOWERS = (
 class Place:
     """The initializer that holds a tensor of the model, `transposed` if its two dimensions are swapped there.
 
-    It has `trailing` dimensions of size 1 more than the tensor: a bias that is added along the channels of a map.
+    The values of a vector are repeated over a map of size `spread`: a bias that is all that is left of a layer.
     """
 
     name: str
     transposed: bool = False
-    trailing: int = 0
+    spread: tuple[int, ...] = ()
 
     def shaped(self, values: Array) -> Array:
         """The tensor's values as they are there."""
-        return values.T if self.transposed else values.reshape(*values.shape, *[1] * self.trailing)
+        if self.transposed:
+            return values.T
+        return np.broadcast_to(values.reshape(*values.shape, *[1] * len(self.spread)), (*values.shape, *self.spread))
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,17 +253,20 @@ _FUNCTIONS = _functions()
 def cut(skeleton: Skeleton, silent: Mapping[str, str]) -> Skeleton | None:
     """The skeleton without what computes the inputs of the weights `silent`, which map to their biases.
 
-    Their layers' outputs become these biases, added along the channels. None where something else than an addition to
-    a tensor of the same shape takes such outputs.
+    Their layers' outputs become these biases, as a map where its size is known: kernels that repeat a vector's values
+    themselves take longer than a convolution. None where something else than an addition to a tensor of the same shape
+    takes such outputs.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(skeleton.proto)
     places = dict(skeleton.places)
     for weight, bias in silent.items():
-        if weight not in skeleton.weights or bias not in places or not _silence(proto.graph, skeleton, weight, bias):
+        if weight not in skeleton.weights or bias not in places:
             return None
-        rank = len(next(t for t in proto.graph.initializer if t.name == f"{places[bias].name}:map").dims)
-        places[bias] = Place(f"{places[bias].name}:map", trailing=rank - 1)
+        place = _silence(proto.graph, skeleton, weight, bias)
+        if place is None:
+            return None
+        places[bias] = place
     _drop_unused(proto.graph)
     left = {tensor.name for tensor in proto.graph.initializer}
     nodes = {node.name for node in proto.graph.node}
@@ -272,32 +278,34 @@ def cut(skeleton: Skeleton, silent: Mapping[str, str]) -> Skeleton | None:
     )
 
 
-def _silence(graph: onnx.GraphProto, skeleton: Skeleton, weight: str, bias: str) -> bool:
-    """Let the additions that read a layer's output take its bias instead; whether that is all that read it."""
+def _silence(graph: onnx.GraphProto, skeleton: Skeleton, weight: str, bias: str) -> Place | None:
+    """Let the additions that read a layer's output take its bias instead; None if something else reads it."""
     node = next(node for node in graph.node if node.name == skeleton.weights[weight])
     source, output = skeleton.places[bias].name, node.output[0]
     if node.op_type == "MatMul":  # its bias is added behind it
         behind = [n for n in graph.node if output in n.input]
         if len(behind) != 1 or behind[0].op_type != "Add" or source not in behind[0].input:
-            return False
+            return None
         output = behind[0].output[0]
     elif len(node.input) < 3 or node.input[2] != source:
-        return False
+        return None
     shapes = {value.name: _dims(value) for value in graph.value_info}
     readers = [n for n in graph.node if output in n.input]
+    if not readers or not all(_adds_alike(n, output, shapes) for n in readers):
+        return None
+    sizes = shapes[output][2:] if node.op_type == "Conv" else ()
+    place = Place(f"{source}:map", spread=tuple(size if isinstance(size, int) and size else 1 for size in sizes))
+    values = numpy_helper.to_array(next(tensor for tensor in graph.initializer if tensor.name == source))
+    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(place.shaped(values)), place.name))
     for reader in readers:
-        other = [name for name in reader.input if name != output]
-        if reader.op_type != "Add" or len(other) != 1 or shapes.get(other[0], ()) != shapes.get(output):
-            return False
-    if not readers or output in {port.name for port in graph.output}:
-        return False
-    tensor = next(tensor for tensor in graph.initializer if tensor.name == source)
-    trailing = len(shapes[output]) - 2 if node.op_type == "Conv" else 0
-    values = numpy_helper.to_array(tensor)
-    graph.initializer.append(numpy_helper.from_array(values.reshape(-1, *[1] * trailing), f"{source}:map"))
-    for reader in readers:
-        reader.input[list(reader.input).index(output)] = f"{source}:map"
-    return True
+        reader.input[list(reader.input).index(output)] = place.name
+    return place
+
+
+def _adds_alike(node: onnx.NodeProto, name: str, shapes: Mapping[str, tuple[int | str, ...]]) -> bool:
+    """Whether `node` adds `name` to another tensor, of the same shape."""
+    other = [given for given in node.input if given != name]
+    return node.op_type == "Add" and len(other) == 1 and shapes.get(other[0]) == shapes.get(name, ())
 
 
 def _dims(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
@@ -527,9 +535,10 @@ class _Parts:
             if not integer:
                 self._floats(place, codes, scale, filling.codes.ndim)
         elif isinstance(filling, Halves):
-            self._halves(place.name, Halves(place.shaped(filling.values), filling.unit))
+            values = filling.values.T if place.transposed else filling.values
+            self._halves(self._repeated(place), Halves(_column(values, place), filling.unit))
         else:
-            self._tensor(place.name, place.shaped(filling))
+            self._tensor(self._repeated(place), _column(filling.T if place.transposed else filling, place))
 
     def _floats(self, place: Place, codes: str, scale: str, ndim: int) -> None:
         """Floats for kernels that know no integers."""
@@ -538,6 +547,14 @@ class _Parts:
         self._call("Cast", [codes], f"{codes}:f", domain="", to=TensorProto.FLOAT)
         self._call("Reshape", [scale, f"{place.name}:shape"], f"{scale}:r", domain="")
         self._call("Mul", [f"{codes}:f", f"{scale}:r"], place.name, domain="")
+
+    def _repeated(self, place: Place) -> str:
+        """The name under which a vector takes the place, repeated over the map if it is one."""
+        if math.prod(place.spread) == 1:
+            return place.name
+        self._tensor(f"{place.name}:shape", np.array((1, *place.spread), dtype=np.int64))
+        self._call("Expand", [f"{place.name}:vector", f"{place.name}:shape"], place.name, domain="")
+        return f"{place.name}:vector"
 
     def _codes(self, name: str, filling: Codes) -> None:
         if filling.bits == 8 and filling.mask is None:
@@ -563,6 +580,11 @@ class _Parts:
 
     def _call(self, op: str, inputs: Sequence[str], output: str, *, domain: str = DOMAIN, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(op, inputs, [output], domain=domain, **attributes))
+
+
+def _column(values: Array, place: Place) -> Array:
+    """A vector with the dimensions of the map that it is repeated over; anything else as it is."""
+    return values.reshape(*values.shape, *[1] * len(place.spread))
 
 
 def _even(scale: Array) -> Array:
