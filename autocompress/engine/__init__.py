@@ -207,7 +207,7 @@ class Workbench:
         key = _widths(kept, policy)
         if key not in self._narrow:
             stays = remaining(self.graph, kept)
-            state = self._silenced(sliced(self.state, stays))
+            state = self._silenced(sliced(self.state, stays), stays)
             layers = {
                 x.weight: x for x in self.graph.layers if state[x.weight].numel() and self.compensates(x, policy.solver)
             }
@@ -219,13 +219,15 @@ class Workbench:
         self._narrow.move_to_end(key)
         return self._narrow[key]
 
-    def _silenced(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _silenced(self, state: Mapping[str, Tensor], stays: Remaining) -> dict[str, Tensor]:
         """`state` in which layers that lost all inputs give the mean of what they gave, behind their norm if any."""
         found = dict(state)
         for layer in self.graph.layers:
             if len(state[layer.weight]) and not state[layer.weight].numel() and self.state[layer.weight].numel():
                 mean = self.reconstruction.mean(layer)
-                found |= {} if mean is None else constant(layer, state, mean, self.eps)
+                if mean is not None:
+                    own = mean[stays[layer.weight, 0]] if (layer.weight, 0) in stays else mean
+                    found |= constant(layer, state, own, self.eps)
         return found
 
     def _fitted(self, cut: Narrow, policy: Policy) -> Narrow:
