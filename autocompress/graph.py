@@ -68,13 +68,15 @@ class Member:
 class Group:
     """Channels that can only be removed together (DepGraph, arXiv 2301.12900, section 3).
 
-    `frozen` is empty, or says why removing channels here would break the model.
+    `frozen` is empty, or says why removing channels here would break the model. `removable` says whether all of them
+    can go: what reads them reads nothing else and gives a constant then, and the outputs still depend on the inputs.
     """
 
     name: str
     channels: int
     members: tuple[Member, ...]
     frozen: str = ""
+    removable: bool = False
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -122,7 +124,7 @@ class Graph:
         return tensors_fingerprint(self.tensors)
 
     def check(self, policy: Policy) -> None:
-        """Raise `PolicyError` if `policy` names a layer or group that is not here, or prunes a frozen group."""
+        """Raise `PolicyError` if `policy` names a layer or group that is not here, or prunes what must stay."""
         layers, groups = {layer.name for layer in self.layers}, {group.name: group for group in self.groups}
         for name in (*policy.layers, *policy.floats):
             if name not in layers:
@@ -132,10 +134,16 @@ class Graph:
                 raise PolicyError(f"the policy names channel group {name!r}, which this model does not have")
             if groups[name].frozen and ratio < 1:
                 raise PolicyError(f"channel group {name!r} cannot be pruned: {groups[name].frozen}")
+            if ratio == 0 and not groups[name].removable:
+                raise PolicyError(
+                    f"channel group {name!r} cannot be removed: its readers read others too, or the outputs would "
+                    "no longer depend on the inputs; keep more than 0"
+                )
 
     def kept(self, policy: Policy) -> dict[str, int]:
-        """Channels that stay per prunable group, at least one each."""
-        return {g.name: max(1, round(g.channels * policy.keep.get(g.name, 1.0))) for g in self.prunable}
+        """Channels that stay per prunable group: at least one each, or none where the ratio is 0."""
+        ratios = {g.name: policy.keep.get(g.name, 1.0) for g in self.prunable}
+        return {g.name: max(1, round(g.channels * ratios[g.name])) if ratios[g.name] else 0 for g in self.prunable}
 
     def shapes(self, policy: Policy) -> dict[str, Shape]:
         """Shape of every tensor after channel removal, before batch norms are folded."""

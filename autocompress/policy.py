@@ -137,7 +137,8 @@ _LATER = {"warmup": 0.0, "adjust_cooldown": 0, "scales": "fixed", "ema": 0.0}
 class Policy:
     """One candidate. `layers` and `keep` are read-only; layers and groups that are not named stay dense.
 
-    `keep` maps a coupling group to the share of its channels that stays; which ones is decided by `criterion`.
+    `keep` maps a coupling group to the share of its channels that stays; which ones is decided by `criterion`. With 0
+    none stay: what reads them gives a constant, so that a residual branch is gone.
     `solver` says how zeros and codes are found: by magnitude and to the nearest grid point, or from the layer
     database, which compensates for what each layer's inputs show. With the database, what channel removal leaves is
     fitted to the dense model first.
@@ -155,9 +156,10 @@ class Policy:
     _key: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", {name: _number(f"keep.{name}", ratio) for name, ratio in self.keep.items()})
+        keep = {name: _number(f"keep.{name}", ratio) + 0.0 for name, ratio in self.keep.items()}  # -0 is 0
+        object.__setattr__(self, "keep", keep)
         for group, ratio in self.keep.items():
-            _require(0.0 < ratio <= 1.0, f"keep ratio of {group}", ratio, "in (0, 1]")
+            _require(0.0 <= ratio <= 1.0, f"keep ratio of {group}", ratio, "in [0, 1]")
         _one_of("criterion", self.criterion, Criterion)
         _one_of("solver", self.solver, Solver)
         _require(self.activations in ACTIVATIONS, "activations", self.activations, f"one of {ACTIVATIONS}")

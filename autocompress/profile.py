@@ -99,8 +99,8 @@ def _layer(row: Any) -> LayerProfile:
 
 
 def _group_profile(row: Any) -> GroupProfile:
-    if not 0 < (keep := float(row["keep"])) <= 1:
-        raise ValueError(f"the share {keep} of channels is not in (0, 1]")
+    if not 0 <= (keep := float(row["keep"])) <= 1:
+        raise ValueError(f"the share {keep} of channels is not in [0, 1]")
     return GroupProfile(str(row["name"]), keep, _finite(row["loss"]))
 
 
@@ -236,10 +236,10 @@ def _warn_unusable(layer: Layer, choice: LayerChoice, error: Exception) -> None:
 
 
 def _probed_ratios(ratios: Sequence[float]) -> list[float]:
-    """The narrowest, a middle and the widest ratio below 1, in rising order."""
-    narrow = [ratio for ratio in ratios if ratio < 1]
+    """The narrowest, a middle and the widest ratio below 1, in rising order, and 0, of which no other tells."""
+    narrow = [ratio for ratio in ratios if 0 < ratio < 1]
     last, count = len(narrow) - 1, min(PROBED_RATIOS, len(narrow))
-    return [narrow[i * last // max(1, count - 1)] for i in range(count)]
+    return [0.0] * (0.0 in ratios) + [narrow[i * last // max(1, count - 1)] for i in range(count)]
 
 
 def _group(measures: Measures, space: Space, name: str, keep: float) -> GroupProfile:

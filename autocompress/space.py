@@ -78,7 +78,7 @@ def _rising(bounds: list[float]) -> list[float]:
 
 Bits = Annotated[list[int], Field(min_length=1), AfterValidator(_known_bits)]
 Sparsities = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)]
-Ratios = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
+Ratios = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
 Share = Annotated[list[Annotated[float, Field(ge=0, le=1)]], AfterValidator(_rising)]
 Rate = Annotated[list[Annotated[float, Field(gt=0, le=10)]], AfterValidator(_rising)]
 Temperature = Annotated[list[Annotated[float, Field(gt=0, le=1e6)]], AfterValidator(_rising)]
@@ -104,7 +104,8 @@ class LayerSection(_Section):
 class ChannelSection(_Section):
     """`[channels]`: how many channels of each coupling group may stay, and by which importance.
 
-    Runtimes are fast at round widths of convolutions only, so `multiple_of` leaves groups without one alone.
+    A ratio of 0 counts only where a whole group can go, as a residual branch can. Runtimes are fast at round widths of
+    convolutions only, so `multiple_of` leaves groups without one alone.
     """
 
     keep: Ratios = [1.0]
@@ -246,7 +247,10 @@ class Space:
         return chosen
 
     def _ratios(self, group: Group) -> tuple[float, ...]:
-        """Keep ratios snapped to whole channels, or multiples of them where a convolution makes or reads them."""
+        """Keep ratios snapped to whole channels, or multiples of them where a convolution makes or reads them.
+
+        0 counts for a group that can be removed; another that has no ratio beside it stays whole.
+        """
         ratios, channels = self.file.channels.keep, group.channels
         for override in self.file.override:
             if fnmatch.fnmatchcase(group.name, override.match) and override.keep is not None:
@@ -254,7 +258,9 @@ class Space:
         convolutions = {layer.weight for layer in self.graph.layers if layer.kind.startswith("conv")}
         convolved = any(member.tensor in convolutions for member in group.members)
         step = self.file.channels.multiple_of if convolved else 1
-        counts = {channels if r == 1 else min(channels, max(step, round(r * channels / step) * step)) for r in ratios}
+        some = [r for r in ratios if r > 0 or group.removable] or [1.0]
+        wide = {1.0: channels, 0.0: 0}
+        counts = {wide.get(r, min(channels, max(step, round(r * channels / step) * step))) for r in some}
         return tuple(sorted(count / channels for count in counts))
 
     @cached_property

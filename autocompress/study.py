@@ -649,7 +649,13 @@ def _describe(journal: Journal, folder: Path, evaluator: Evaluator, budget: Budg
             "network, weights or validation quality; start a new run with --out"
         )
     layers = [
-        {"name": x.name, "kind": x.kind, "shape": x.shape, "bytes": 4 * math.prod(x.shape)}
+        {
+            "name": x.name,
+            "kind": x.kind,
+            "shape": x.shape,
+            "bytes": 4 * math.prod(x.shape),
+            "groups": [g.name for g in evaluator.graph.prunable if any(m.tensor == x.weight for m in g.members)],
+        }
         for x in evaluator.graph.layers
     ]
     facts = {"identity": identity, "dense": asdict(evaluator.dense), "budget": asdict(budget), "layers": layers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,65 @@ def install(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             trains = beside.requires_grad and own.is_floating_point()
             module._parameters[key] = nn.Parameter(own, requires_grad=trains)
         if key in ("weight", "running_mean"):
-            _resize(module, value)
+            _resize(module.original if isinstance(module, Removed) else module, value)
+            if isinstance(module, Removed) != _is_beyond_kernels(module, value):
+                _exchange(model, module)
+
+
+class Removed(nn.Module):
+    """Stands for a layer or batch norm without input or output channels, which torch's kernels refuse.
+
+    Has the very tensors of the module whose place it takes. A layer without inputs gives its bias everywhere, and one
+    without outputs an empty tensor; a batch norm without channels gives back what it gets.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self._place = (original,)  # in a tuple, so that it is no child
+        self._parameters, self._buffers = original._parameters, original._buffers
+        self.training = original.training
+
+    @property
+    def original(self) -> nn.Module:
+        """The module that comes back with the channels."""
+        return self._place[0]
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """`x` (..., channels, positions ...), or (..., channels) for a linear layer."""
+        layer, bias = self.original, self._parameters.get("bias")
+        if isinstance(layer, nn.Linear):
+            empty = x.new_zeros((*x.shape[:-1], layer.out_features))
+            return empty if bias is None else empty + bias
+        if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return x
+        sizes = _positions(layer, x)
+        empty = x.new_zeros((*x.shape[: -1 - len(sizes)], layer.out_channels, *sizes))
+        return empty if bias is None else empty + bias.reshape(-1, *[1] * len(sizes))
+
+
+def _positions(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> list[int]:
+    """The output's size along each position of `x`."""
+    n = len(layer.kernel_size)
+    pads = layer._reversed_padding_repeated_twice[::-1]  # two for each dimension
+    steps = zip(x.shape[-n:], layer.kernel_size, layer.stride, layer.dilation, range(n), strict=True)
+    return [(size + pads[2 * i] + pads[2 * i + 1] - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, dilation, i in steps]  # fmt: skip
+
+
+def _is_beyond_kernels(module: nn.Module, weight: Tensor) -> bool:
+    """Whether torch does not compute a module of this kind with such a weight."""
+    kind = module.original if isinstance(module, Removed) else module
+    return weight.numel() == 0 and isinstance(
+        kind, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | nn.modules.batchnorm._BatchNorm
+    )
+
+
+def _exchange(model: nn.Module, module: nn.Module) -> None:
+    """Put `Removed` in the place of a module, or the module back in its place, under every name it has."""
+    other = module.original.train(module.training) if isinstance(module, Removed) else Removed(module)
+    for name in [name for name, each in model.named_modules(remove_duplicate=False) if each is module]:
+        owner, _, key = name.rpartition(".")
+        setattr(model.get_submodule(owner), key, other)
 
 
 def _resize(module: nn.Module, weight: Tensor) -> None:

@@ -299,6 +299,8 @@ class OnnxTarget:
     def _cost_of(
         self, choice: LayerChoice | None, dtype: str, shape: Shape, integer: bool
     ) -> tuple[int, frozenset[str]]:
+        if not math.prod(shape):  # a removed layer is not in the graph
+            return 0, frozenset()
         return cost(_dummy(choice, dtype, shape), integer=integer, names=self._names)
 
     def _frame(self, activations: int) -> int:

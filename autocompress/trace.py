@@ -2,7 +2,8 @@
 
 Coupling groups come from Torch-Pruning's dependency graph. Each is then tried: channels are removed from a
 copy and the outputs compared with the dense model whose readers of those channels were silenced. A group that
-fails is frozen with the reason, so that no later stage can break the model. Chooses nothing.
+fails is frozen with the reason, so that no later stage can break the model. Those that can go as a whole are marked.
+Chooses nothing.
 """
 
 from __future__ import annotations
@@ -223,7 +224,7 @@ def _groups(model: nn.Module, inputs: Any, calls: _Calls) -> tuple[tuple[Group, 
     for group in groups:
         reason = group.frozen or _conflict(group, model, calls, owners)
         checked.append(replace(group, frozen=reason or _trial(model, inputs, group)))
-    return tuple(checked), ()
+    return _with_removable(model, inputs, checked), ()
 
 
 def _dependency_groups(model: nn.Module, inputs: Any) -> Any:
@@ -334,19 +335,57 @@ def _trial(model: nn.Module, inputs: Any, group: Group) -> str:
     return ""
 
 
+def _with_removable(model: nn.Module, inputs: Any, groups: list[Group]) -> tuple[Group, ...]:
+    """Say of each group whether it can go as a whole, beside all others of which that was said before.
+
+    The outputs must go on telling the inputs apart, so two branches that are all there is do not both go.
+    """
+    silent, result = copy.deepcopy(model), []
+    dense = _spreads(_run(model, inputs))
+    for group in groups:
+        if not group.frozen and _reads_alone(model, group):
+            trial = copy.deepcopy(silent)
+            install(trial, _silenced(trial.state_dict(), group, torch.arange(group.channels)))
+            tells = all(a > _TOLERANCE * b for a, b in zip(_spreads(_run(trial, inputs)), dense, strict=True) if b > 0)
+            if tells and any(dense) and not _remove(model, inputs, group, torch.arange(group.channels)):
+                silent, group = trial, replace(group, removable=True)
+        result.append(group)
+    return tuple(result)
+
+
+def _reads_alone(model: nn.Module, group: Group) -> bool:
+    """Whether the group's layers are convolutions and linear layers whose readers read nothing but the group."""
+    owners = [model.get_submodule(m.tensor.rpartition(".")[0]) for m in group.members]
+    if any(isinstance(owner, nn.Embedding) for owner in owners):
+        return False
+    sizes = model.state_dict()
+    return all(sum(map(len, m.index)) == sizes[m.tensor].shape[1] for m in group.consumers)
+
+
+def _spreads(outputs: list[Tensor]) -> list[float]:
+    """How far apart the examples' outputs are, of each output."""
+    finite = [torch.nan_to_num(y, nan=0.0, posinf=0.0, neginf=0.0) for y in outputs]
+    return [float((y - y.mean(dim=0)).norm()) if y.ndim and y.numel() else 0.0 for y in finite]
+
+
+def _silenced(state: Mapping[str, Tensor], group: Group, dropped: Tensor) -> dict[str, Tensor]:
+    """The readers' weights without what they take from the `dropped` channels."""
+    silenced: dict[str, Tensor] = {}
+    for member in group.consumers:
+        gone = torch.tensor(member.index)[dropped].flatten()
+        silenced[member.tensor] = silenced.get(member.tensor, state[member.tensor]).index_fill(1, gone, 0.0)
+    return silenced
+
+
 def _remove(model: nn.Module, inputs: Any, group: Group, dropped: Tensor) -> str:
     state = model.state_dict()
     pruned: dict[str, Tensor] = {}
-    silenced: dict[str, Tensor] = {}
     for member in group.members:
         source = pruned.get(member.tensor, state[member.tensor])
         gone = torch.tensor(member.index)[dropped].flatten()
         pruned[member.tensor] = source.index_select(member.dim, _complement(source.shape[member.dim], gone))
-        if member.reads:
-            silent = silenced.get(member.tensor, state[member.tensor].clone())
-            silenced[member.tensor] = silent.index_fill(1, gone, 0.0)
     small, reference = copy.deepcopy(model), copy.deepcopy(model)
-    install(reference, silenced)
+    install(reference, _silenced(state, group, dropped))
     expected = _run(reference, inputs)
     try:
         install(small, pruned)

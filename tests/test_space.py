@@ -177,7 +177,7 @@ def test_a_folder_is_no_space(tmp_path: Path) -> None:
         ("[layers]\nsparsity = [-0.1]", ["layers.sparsity.0 = -0.1", "greater than or equal to 0"]),
         ("[layers]\nsparsity = [nan]", ["layers.sparsity.0 = nan"]),
         ('[layers]\nscheme = ["linear"]', ["layers.scheme.0 = 'linear'", "'symmetric' or 'asymmetric'"]),
-        ("[channels]\nkeep = [0.0]", ["channels.keep.0 = 0.0", "greater than 0"]),
+        ("[channels]\nkeep = [-0.1]", ["channels.keep.0 = -0.1", "greater than or equal to 0"]),
         ("[channels]\nkeep = [1.5]", ["channels.keep.0 = 1.5", "less than or equal to 1"]),
         ('[channels]\ncriterion = ["random"]', ["channels.criterion.0 = 'random'", "'l1', 'l2', 'taylor'"]),
         ("[channels]\nmultiple_of = 0", ["channels.multiple_of = 0", "greater than or equal to 1"]),

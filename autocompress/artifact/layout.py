@@ -128,8 +128,11 @@ def _count(value: Any) -> int:
 def weight_entry(name: str, shape: Shape, choice: LayerChoice, kept: int, coded: int | None = None) -> Entry:
     """How a weight with `kept` unpruned values is written: whatever is shortest.
 
-    Dense, as a bitmask, or, where the length of its entropy coded codes is given and that pays, as these.
+    Dense, as a bitmask, or, where the length of its entropy coded codes is given and that pays, as these. One without
+    elements takes no bytes, whatever its choice.
     """
+    if not prod(shape):
+        return Entry(name, "full", shape, 32)
     kinds: dict[int, Kind] = {16: "half", 32: "full"}
     kind, count = kinds.get(choice.bits, "quantised"), prod(shape)
     symmetric = choice.scheme == "symmetric" or choice.bits == 1 or kind != "quantised"

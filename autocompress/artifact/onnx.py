@@ -17,7 +17,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from autocompress.artifact.onnx_graph import (
     Place,
     Range,
     Skeleton,
+    cut,
     filled,
     quantised,
 )
@@ -130,7 +131,7 @@ def _program(exported: nn.Module, inputs: Any, model: nn.Module) -> tuple[onnx.M
     for name, value in model.state_dict().items():
         if name in places and places[name].name in tensors_of:
             place, values = places[name], value.detach().cpu().numpy()
-            whole = np.ascontiguousarray(values.T if place.transposed else values)
+            whole = np.ascontiguousarray(place.shaped(values))
             tensors_of[place.name].CopyFrom(numpy_helper.from_array(whole, place.name))
     rewrite(proto)
     return proto, places
@@ -234,11 +235,19 @@ def _places(proto: onnx.ModelProto, model: nn.Module) -> dict[str, Place]:
                 found[name] = Place(other)
             elif value.ndim == 2 and array.shape == value.shape[::-1] and np.array_equal(array.T, value):
                 found[name] = Place(other, transposed=True)
+            elif _is_map(array, value):
+                found[name] = Place(other, spread=array.shape[1:])
             else:
                 continue
             free.pop(other)
             break
     return found
+
+
+def _is_map(array: np.ndarray[Any, Any], value: np.ndarray[Any, Any]) -> bool:
+    """Whether `array` is the vector `value` with more dimensions, of size 1: what a removed layer gives everywhere."""
+    shaped = value.ndim == 1 and array.ndim > 1 and array.shape == (*value.shape, *[1] * (array.ndim - 1))
+    return shaped and np.array_equal(array.reshape(-1), value)
 
 
 def _tie(proto: onnx.ModelProto, places: dict[str, Place], model: nn.Module) -> None:
@@ -387,15 +396,19 @@ class Exporter:
 
     def __init__(self, layers: Sequence[Layer], dense: Candidate, examples: Sequence[Any]) -> None:
         """`examples` are inputs of batches, augmented as in training. Raises `ExportError`."""
-        self._weights = [layer.weight for layer in layers if layer.kind != "embedding"]
+        self._weights: Sequence[str] = [layer.weight for layer in layers if layer.kind != "embedding"]
+        self._biases = {layer.weight: layer.bias for layer in layers}
+        self._empty = _without_elements(dense)
         self._examples = examples
         self._pair = few(dense.model, examples[0], PAIR)
         self._known: dict[Hashable, Exported] = {}
+        self._cuts: dict[frozenset[str], Exported] = {}
         self._own: tuple[Candidate, Exported] | None = None
         self._integer: weakref.WeakKeyDictionary[Exported, dict[frozenset[str], Skeleton]] = weakref.WeakKeyDictionary()
         self._ranges: weakref.WeakKeyDictionary[Exported, Mapping[str, Range]] = weakref.WeakKeyDictionary()
         self._dense = export(dense.model, self._pair, self._weights)
         self._known[dense.architecture] = self._checked(self._dense, dense)
+        self._weights = self.computed
 
     def build(self, candidate: Candidate, about: About) -> bytes:
         """The file of `candidate`. Raises `ExportError`."""
@@ -429,15 +442,30 @@ class Exporter:
                 self._own = candidate, self._checked(self._fresh(candidate), candidate)
             return self._own[1]
         if candidate.architecture not in self._known:
+            removed = _without_elements(candidate) - self._empty
             try:
-                found = self._checked(self._dense, candidate)
+                found = self._checked(self._cut(removed, candidate) if removed else self._dense, candidate)
             except ExportError:  # sizes that the exporter wrote into the graph
                 found = self._checked(self._fresh(candidate), candidate)
             self._known[candidate.architecture] = found
         return self._known[candidate.architecture]
 
+    def _cut(self, removed: frozenset[str], candidate: Candidate) -> Exported:
+        """The export of a network without the tensors `removed`: the dense one's without branches, where that can be.
+
+        Raises `ExportError`.
+        """
+        if removed not in self._cuts:
+            silent = [w for w in self._biases if w in removed and candidate.tensors[w].dense().shape[0]]
+            skeleton = cut(self._dense.skeleton, {weight: self._biases[weight] for weight in silent})
+            if skeleton is None:
+                return self._fresh(candidate)
+            self._cuts[removed] = replace(self._dense, skeleton=skeleton)
+        return self._cuts[removed]
+
     def _fresh(self, candidate: Candidate) -> Exported:
-        return export(candidate.model, self._pair, self._weights)
+        found = export(candidate.model, self._pair, self._weights)
+        return replace(found, skeleton=replace(found.skeleton, numbers=tuple(self._weights)))
 
     def _checked(self, exported: Exported, candidate: Candidate) -> Exported:
         """`exported` if it computes with these tensors what the module does."""
@@ -458,11 +486,12 @@ class Exporter:
             return exported.skeleton
         known = self._integer.setdefault(exported, {})
         if chosen not in known:
-            if exported not in self._ranges:
-                self._ranges[exported] = self._measured(exported)
+            source = self._dense if exported in self._cuts.values() else exported  # whose activations have these names
+            if source not in self._ranges:
+                self._ranges[source] = self._measured(source)
             while len(known) >= REMEMBERED:
                 known.pop(next(iter(known)))
-            known[chosen] = quantised(exported.skeleton, self._ranges[exported], chosen)
+            known[chosen] = quantised(exported.skeleton, self._ranges[source], chosen)
         return known[chosen]
 
     @staticmethod
@@ -491,6 +520,12 @@ class Exporter:
                     low, high = ranges.get(name, (0.0, 0.0))
                     ranges[name] = min(low, float(value.min())), max(high, float(value.max()))
         return ranges
+
+
+def _without_elements(candidate: Candidate) -> frozenset[str]:
+    """Names of the tensors of removed layers."""
+    empty = (name for name, tensor in candidate.tensors.items() if not tensor.dense().numel())
+    return frozenset(empty)
 
 
 def differences(a: nn.Module, b: nn.Module, inputs: Any) -> float:

@@ -8,11 +8,12 @@ ONNX, but no torch, task or search.
 from __future__ import annotations
 
 import itertools
+import math
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from typing import Any
 
@@ -48,23 +49,41 @@ FOLLOWERS = (
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The initializer that holds a tensor of the model, `transposed` if its two dimensions are swapped there."""
+    """The initializer that holds a tensor of the model, `transposed` if its two dimensions are swapped there.
+
+    The values of a vector are repeated over a map of size `spread`: a bias that is all that is left of a layer.
+    """
 
     name: str
     transposed: bool = False
+    spread: tuple[int, ...] = ()
+
+    def shaped(self, values: Array) -> Array:
+        """The tensor's values as they are there."""
+        if self.transposed:
+            return values.T
+        return np.broadcast_to(values.reshape(*values.shape, *[1] * len(self.spread)), (*values.shape, *self.spread))
 
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
     """A network in ONNX. `places` maps each state-dict name to its initializer, whose values do not matter.
 
-    `weights` are the state-dict names of those that integer kernels may compute with, and `integer` those that do.
+    `weights` are the state-dict names of those that integer kernels may compute with, with their nodes, and `integer`
+    those that do. `numbers` are the weights in whose order nodes are numbered, if not just these.
     """
 
     proto: onnx.ModelProto
     places: Mapping[str, Place]
     weights: Mapping[str, str]
     integer: frozenset[str] = frozenset()
+    numbers: tuple[str, ...] = ()
+
+    @property
+    def numbered(self) -> dict[str, str]:
+        """The name in a file of each node that computes with a weight."""
+        order = {name: i for i, name in enumerate(self.numbers or self.weights)}
+        return {node: str(order[name]) for name, node in self.weights.items()}
 
 
 # --- what is stored ---------------------------------------------------------------------------------------
@@ -238,6 +257,88 @@ def _functions() -> dict[str, onnx.FunctionProto]:
 _FUNCTIONS = _functions()
 
 
+# --- without branches -------------------------------------------------------------------------------------
+
+
+def cut(skeleton: Skeleton, silent: Mapping[str, str]) -> Skeleton | None:
+    """The skeleton without what computes the inputs of the weights `silent`, which map to their biases.
+
+    Their layers' outputs become these biases, as a map where its size is known: kernels that repeat a vector's values
+    themselves take longer than a convolution. None where something else than an addition to a tensor of the same shape
+    takes such outputs.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(skeleton.proto)
+    places = dict(skeleton.places)
+    for weight, bias in silent.items():
+        if weight not in skeleton.weights or bias not in places:
+            return None
+        place = _silence(proto.graph, skeleton, weight, bias)
+        if place is None:
+            return None
+        places[bias] = place
+    _drop_unused(proto.graph)
+    left = {tensor.name for tensor in proto.graph.initializer}
+    nodes = {node.name for node in proto.graph.node}
+    return Skeleton(
+        proto,
+        {name: place for name, place in places.items() if place.name in left},
+        {name: node for name, node in skeleton.weights.items() if node in nodes},
+        numbers=skeleton.numbers or tuple(skeleton.weights),
+    )
+
+
+def _silence(graph: onnx.GraphProto, skeleton: Skeleton, weight: str, bias: str) -> Place | None:
+    """Let the additions that read a layer's output take its bias instead; None if something else reads it."""
+    node = next(node for node in graph.node if node.name == skeleton.weights[weight])
+    source, output = skeleton.places[bias].name, node.output[0]
+    if node.op_type == "MatMul":  # its bias is added behind it
+        behind = [n for n in graph.node if output in n.input]
+        if len(behind) != 1 or behind[0].op_type != "Add" or source not in behind[0].input:
+            return None
+        output = behind[0].output[0]
+    elif len(node.input) < 3 or node.input[2] != source:
+        return None
+    shapes = {value.name: _dims(value) for value in graph.value_info}
+    readers = [n for n in graph.node if output in n.input]
+    if not readers or not all(_adds_alike(n, output, shapes) for n in readers):
+        return None
+    sizes = shapes[output][2:] if node.op_type == "Conv" else ()
+    place = Place(f"{source}:map", spread=tuple(size if isinstance(size, int) and size else 1 for size in sizes))
+    values = numpy_helper.to_array(next(tensor for tensor in graph.initializer if tensor.name == source))
+    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(place.shaped(values)), place.name))
+    for reader in readers:
+        reader.input[list(reader.input).index(output)] = place.name
+    return place
+
+
+def _adds_alike(node: onnx.NodeProto, name: str, shapes: Mapping[str, tuple[int | str, ...]]) -> bool:
+    """Whether `node` adds `name` to another tensor, of the same shape."""
+    other = [given for given in node.input if given != name]
+    return node.op_type == "Add" and len(other) == 1 and shapes.get(other[0]) == shapes.get(name, ())
+
+
+def _dims(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove nodes and initializers that no output depends on."""
+    makers = {output: node for node in graph.node for output in node.output}
+    needed: set[str] = set()
+    left = [port.name for port in graph.output]
+    while left:
+        name = left.pop()
+        if name not in needed:
+            needed.add(name)
+            left.extend(makers[name].input if name in makers else ())
+    nodes = [node for node in graph.node if needed.intersection(node.output)]
+    tensors = [tensor for tensor in graph.initializer if tensor.name in needed]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(tensors)
+
+
 # --- from floats to integers ------------------------------------------------------------------------------
 
 
@@ -278,7 +379,7 @@ def quantised(skeleton: Skeleton, ranges: Mapping[str, Range], integer: Iterable
     align_inputs(graph, {skeleton.weights[name]: shapes[skeleton.places[name].name] for name in chosen})
     float_outputs(graph, names)
     prune(graph)
-    return Skeleton(proto, skeleton.places, skeleton.weights, chosen)
+    return replace(skeleton, proto=proto, integer=chosen)
 
 
 def _dynamic(graph: onnx.GraphProto, skeleton: Skeleton) -> Iterator[onnx.NodeProto]:
@@ -368,7 +469,7 @@ def filled(skeleton: Skeleton, fillings: Mapping[str, Filling], names: int = SHO
     del proto.functions[:], proto.opset_import[:]
     proto.functions.extend(function for name, function in _FUNCTIONS.items() if name in called)
     proto.opset_import.extend([helper.make_opsetid("", OPSET), *([helper.make_opsetid(DOMAIN, 1)] if called else [])])
-    _compact(proto, {node: str(i) for i, node in enumerate(skeleton.weights.values())}, names)
+    _compact(proto, skeleton.numbered, names)
     return proto
 
 
@@ -425,9 +526,9 @@ class _Parts:
                 self._floats(place, codes, scale, filling.codes.ndim)
         elif isinstance(filling, Halves):
             values = filling.values.T if place.transposed else filling.values
-            self._halves(place.name, Halves(values, filling.unit))
+            self._halves(self._repeated(place), Halves(_column(values, place), filling.unit))
         else:
-            self._tensor(place.name, filling.T if place.transposed else filling)
+            self._tensor(self._repeated(place), _column(filling.T if place.transposed else filling, place))
 
     def _floats(self, place: Place, codes: str, scale: str, ndim: int) -> None:
         """Floats for kernels that know no integers."""
@@ -436,6 +537,14 @@ class _Parts:
         self._call("Cast", [codes], f"{codes}:f", domain="", to=TensorProto.FLOAT)
         self._call("Reshape", [scale, f"{place.name}:shape"], f"{scale}:r", domain="")
         self._call("Mul", [f"{codes}:f", f"{scale}:r"], place.name, domain="")
+
+    def _repeated(self, place: Place) -> str:
+        """The name under which a vector takes the place, repeated over the map if it is one."""
+        if math.prod(place.spread) == 1:
+            return place.name
+        self._tensor(f"{place.name}:shape", np.array((1, *place.spread), dtype=np.int64))
+        self._call("Expand", [f"{place.name}:vector", f"{place.name}:shape"], place.name, domain="")
+        return f"{place.name}:vector"
 
     def _codes(self, name: str, filling: Codes) -> None:
         if filling.bits == 8 and filling.mask is None:
@@ -461,6 +570,11 @@ class _Parts:
 
     def _call(self, op: str, inputs: Sequence[str], output: str, *, domain: str = DOMAIN, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(op, inputs, [output], domain=domain, **attributes))
+
+
+def _column(values: Array, place: Place) -> Array:
+    """A vector with the dimensions of the map that it is repeated over; anything else as it is."""
+    return values.reshape(*values.shape, *[1] * len(place.spread))
 
 
 def _even(scale: Array) -> Array:

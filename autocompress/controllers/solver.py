@@ -369,8 +369,13 @@ def group_losses(space: Space, profile: Profile) -> dict[str, list[float]]:
 
 
 def _width_losses(ratios: Sequence[float], measured: Mapping[float, float]) -> list[float]:
-    """A power law in the share that goes between two measured widths, a quadratic beyond; rising as they go."""
-    points = sorted((math.log(1 - keep), math.log(max(loss, 1e-9))) for keep, loss in measured.items() if keep < 1)
+    """A power law in the share that goes between two measured widths, a quadratic beyond; rising as they go.
+
+    A removed group is fitted otherwise than a narrow one, so its loss is what was measured, and may be the lesser one.
+    """
+    if ratios and ratios[0] == 0:
+        return [measured.get(0.0, 0.0), *_width_losses(ratios[1:], measured)]
+    points = sorted((math.log(1 - keep), math.log(max(loss, 1e-9))) for keep, loss in measured.items() if 0 < keep < 1)
     if not points:
         return [0.0] * len(ratios)
     (low, first), (high, last) = points[0], points[-1]

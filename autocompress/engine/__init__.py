@@ -35,7 +35,7 @@ from autocompress.engine.prune import (
     sliced,
 )
 from autocompress.engine.quantize import Grid, quantise
-from autocompress.engine.recalibrate import anchored, fold, norms, reestimate, statistics
+from autocompress.engine.recalibrate import anchored, constant, fold, norms, reestimate, statistics
 from autocompress.engine.reconstruct import INPUTS, Reconstruction
 from autocompress.errors import TaskError
 from autocompress.graph import Graph, Group, Layer
@@ -258,8 +258,10 @@ class Workbench:
         key = _widths(kept, policy)
         if key not in self._narrow:
             stays = remaining(self.graph, kept)
-            state = sliced(self.state, stays)
-            layers = {x.weight: x for x in self.graph.layers if self.compensates(x, policy.solver)}
+            state = self._silenced(sliced(self.state, stays), stays)
+            layers = {
+                x.weight: x for x in self.graph.layers if state[x.weight].numel() and self.compensates(x, policy.solver)
+            }
             base = self.database if layers else None
             found = Narrow(kept, stays, state, layers, base)
             self._narrow[key] = self._fitted(found, policy) if kept and layers else found
@@ -267,6 +269,17 @@ class Workbench:
                 self._narrow.popitem(last=False)
         self._narrow.move_to_end(key)
         return self._narrow[key]
+
+    def _silenced(self, state: Mapping[str, Tensor], stays: Remaining) -> dict[str, Tensor]:
+        """`state` in which layers that lost all inputs give the mean of what they gave, behind their norm if any."""
+        found = dict(state)
+        for layer in self.graph.layers:
+            if len(state[layer.weight]) and not state[layer.weight].numel() and self.state[layer.weight].numel():
+                mean = self.reconstruction.mean(layer)
+                if mean is not None:
+                    own = mean[stays[layer.weight, 0]] if (layer.weight, 0) in stays else mean
+                    found |= constant(layer, state, own, self.eps)
+        return found
 
     def _fitted(self, cut: Narrow, policy: Policy) -> Narrow:
         """`cut` with its layers fitted: each for itself to the dense inputs, then in turn to what they really see."""
@@ -355,13 +368,21 @@ def compress(
         course = _course(bench, policy, parent, progress, seed)
         state, weights = _recover(bench, policy, parent, course, checkpoint)
     if policy.recovery.reestimate_bn and bench.eps and bench.calibration:
-        state = {**state, **_statistics(bench, {**state, **{n: s.dense() for n, s in weights.items()}}, parent)}
+        silent = _silent(graph, state)
+        found = _statistics(bench, {**state, **{n: s.dense() for n, s in weights.items()}}, parent)
+        state = {**state, **{name: value for name, value in found.items() if name not in silent}}
     return Compressed(policy, fold(weights, state, graph, policy, bench.eps))
 
 
 def _statistics(bench: Workbench, state: Mapping[str, Tensor], parent: OneShot) -> dict[str, Tensor]:
     """Batch-norm statistics for the compressed tensors in `state`; the dense model's are those of `parent`."""
     return anchored(bench.statistics(state), sliced(bench.dense_statistics, parent.stays), parent.state)
+
+
+def _silent(graph: Graph, state: Mapping[str, Tensor]) -> set[str]:
+    """Statistics of norms behind layers that give a constant: there is nothing to estimate."""
+    norms_ = [x.batch_norm for x in graph.layers if x.batch_norm and not state[x.weight].numel()]
+    return {f"{norm}.{key}" for norm in norms_ for key in ("running_mean", "running_var")}
 
 
 def _course(bench: Workbench, policy: Policy, parent: OneShot, progress: Progress | None, seed: int | None) -> Course:
@@ -373,7 +394,7 @@ def _course(bench: Workbench, policy: Policy, parent: OneShot, progress: Progres
         policy.recovery,
         bench.steps_per_epoch,
         bench.seed if seed is None else seed,
-        _hints(bench.graph, parent.kept),
+        _hints(bench.graph, parent.kept, parent.state),
         bench.precision,
         bench.validate,
         progress,
@@ -414,9 +435,9 @@ def _constraint(stored: Stored) -> Constraint:
     return Constraint(mask, None, isinstance(stored, Half))
 
 
-def _hints(graph: Graph, kept: Mapping[str, Tensor]) -> Hints:
-    """Three layers at a quarter, half and three quarters of the network's depth."""
-    inner = [layer for layer in graph.layers[:-1] if layer.kind != "embedding"]
+def _hints(graph: Graph, kept: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Hints:
+    """Three layers at a quarter, half and three quarters of the network's depth, of those that are left."""
+    inner = [layer for layer in graph.layers[:-1] if layer.kind != "embedding" and state[layer.weight].numel()]
     chosen = {inner[len(inner) * quarter // 4].name for quarter in (1, 2, 3)} if inner else set()
     channels = {}
     for group in graph.prunable:

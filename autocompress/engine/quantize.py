@@ -106,7 +106,12 @@ def _divisor(scale: Tensor) -> Tensor:
 
 
 def quantise(weight: Tensor, choice: LayerChoice, mask: Tensor | None, grid: Grid | None = None) -> Stored:
-    """`weight` (out, ...) as the file holds it: pruned by `mask`, then on `grid` or the best grid of `choice`."""
+    """`weight` (out, ...) as the file holds it: pruned by `mask`, then on `grid` or the best grid of `choice`.
+
+    A weight without elements, as removed layers have, needs no grid.
+    """
+    if not weight.numel():
+        return Full(weight.detach().float().clone())
     weight = weight.detach().float().clone() if mask is None else weight.detach().float() * mask
     if choice.bits == 32:
         return Full(weight, mask)

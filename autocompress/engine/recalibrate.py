@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.engine.quantize import rescale
-from autocompress.graph import Graph
+from autocompress.graph import Graph, Layer
 from autocompress.policy import Policy
 from autocompress.stored import Full, Half, Raw, Stored, StoredModel, round_to_half
 from autocompress.surgery import fold_scale
@@ -83,6 +83,22 @@ def anchored(
             share = (change / SILENT).sqrt().clamp_max(1.0)
             result[name] = running[name] * share + (value - batch[name] * share)
     return result
+
+
+def constant(layer: Layer, state: Mapping[str, Tensor], mean: Tensor, eps: Mapping[str, float]) -> dict[str, Tensor]:
+    """Tensors with which a `layer` without inputs gives what it gave on average, behind its norm if that follows alone.
+
+    `mean` (out,) is that of its outputs without bias before. The norm's shift holds it, as folding and training keep
+    it there; without one the bias does. Where there is neither, the constant is 0, which such a norm's mean is too.
+    """
+    norm, bias = layer.batch_norm, state.get(layer.bias)
+    if norm is None:
+        return {} if bias is None else {layer.bias: bias + mean}
+    found = {f"{norm}.running_mean": torch.zeros_like(mean)} | ({} if bias is None else {layer.bias: bias * 0})
+    if f"{norm}.bias" in state:
+        scale, offset = fold_scale(state, layer, eps[norm])
+        found[f"{norm}.bias"] = scale * mean + offset
+    return found
 
 
 def fold(

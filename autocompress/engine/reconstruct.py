@@ -41,10 +41,14 @@ class Fitted:
 
 @dataclass(frozen=True, eq=False)
 class _Target:
-    """Output positions (columns,) of a layer, and the dense model's outputs there, without bias (out, columns)."""
+    """Output positions (columns,) of a layer, and the dense model's outputs there, without bias (out, columns).
+
+    `mean` (out,) is that over all positions.
+    """
 
     chosen: Tensor
     outputs: Tensor
+    mean: Tensor
 
 
 class Reconstruction:
@@ -75,6 +79,10 @@ class Reconstruction:
 
         handles = [modules[layer.name].register_forward_hook(record(layer)) for layer in self._layers]
         _run(teacher, self._inputs, handles)
+
+    def mean(self, layer: Layer) -> Tensor | None:
+        """Mean (out,) of the dense layer's outputs without bias; None for a layer that is left alone."""
+        return self._targets[layer.name].mean if layer.name in self._targets else None
 
     def fit(self, student: nn.Module, rows: Mapping[str, Tensor], norm: Mapping[str, bool]) -> dict[str, Fitted]:
         """Fit layers of `student` in place, starting from the weights it has, and give what they became.
@@ -126,7 +134,7 @@ def _target(module: nn.Module, output: Tensor, layer: Layer, generator: torch.Ge
     limit = max(LEAST_COLUMNS, COLUMNS_PER_INPUT * prod(layer.shape[1:]))
     every = torch.arange(len(flat))
     chosen = torch.randperm(len(flat), generator=generator)[:limit].sort().values if len(flat) > limit else every
-    return _Target(chosen, flat[chosen].T.contiguous())
+    return _Target(chosen, flat[chosen].T.contiguous(), flat.double().mean(dim=0).float())
 
 
 def _fit(module: nn.Module, x: Tensor, wanted: Tensor, normed: bool) -> Fitted:

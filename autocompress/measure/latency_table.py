@@ -32,6 +32,7 @@ PRECISIONS = (32, 8)
 MIN_RUNS, MAX_RUNS = 8, 16
 """Whole-model runs per precision; with more ratios than these can pair, the pairs left are estimated."""
 MIXED_RUNS = 4
+SHALLOW_RUNS = 3
 SAMPLES = 24
 ANCHOR_SAMPLES = 10
 
@@ -135,7 +136,10 @@ class LatencyTable:
         """What one layer adds to the latency of a network with such activations, in milliseconds.
 
         `widths` are the first two sizes of its weight; `integer` says whether its weight has a grid for the kernels.
+        A removed layer, which has a width of 0, adds nothing.
         """
+        if 0 in widths:
+            return 0.0
         if activations == 32 or integer or layer.kind == "embedding":
             return self.precision(activations).ms(layer.name, widths)
         edge = self.edge_layer + self.edge_element * _converted(layer, widths)
@@ -346,9 +350,10 @@ def design(graph: Graph, keep: Mapping[str, Sequence[float]], seed: int = 0) -> 
     """Keep ratios of the runs: every shape that a layer can take occurs in one, if `MAX_RUNS` are enough.
 
     The first runs keep the same share everywhere, so that the latencies span what there is; each further one is put
-    together group by group, from the ratios that show most of what no run showed yet.
+    together group by group, from the ratios that show most of what no run showed yet. Where groups can be removed, a
+    few more runs are without some or all of these, which says what else goes with their layers.
     """
-    ratios = {g.name: sorted(set(keep.get(g.name, (1.0,))) or {1.0}) for g in graph.prunable}
+    ratios = {g.name: sorted({r for r in keep.get(g.name, ()) if r} or {1.0}) for g in graph.prunable}
     longest = max((len(r) for r in ratios.values()), default=1)
     draw = random.Random(seed)
     runs = [{name: r[round(i * (len(r) - 1) / max(1, longest - 1))] for name, r in ratios.items()}
@@ -356,12 +361,19 @@ def design(graph: Graph, keep: Mapping[str, Sequence[float]], seed: int = 0) -> 
     cover = _Cover(graph, ratios)
     for run in runs:
         cover.add(run)
+    fewer = _shallower(sorted(name for name in ratios if 0.0 in keep.get(name, ())), draw)
     if longest == 1:
-        return (*runs, *runs)
+        return (*runs, *runs, *fewer)
     while len(runs) < MAX_RUNS and (len(runs) < MIN_RUNS or not cover.complete):
         runs.append(cover.propose(draw))
         cover.add(runs[-1])
-    return tuple(runs)
+    return (*runs, *fewer)
+
+
+def _shallower(removable: Sequence[str], draw: random.Random) -> list[dict[str, float]]:
+    """Runs that keep the rest whole, without a third, two thirds and all of the `removable` groups."""
+    counts = dict.fromkeys(math.ceil(len(removable) * step / SHALLOW_RUNS) for step in range(1, SHALLOW_RUNS + 1))
+    return [dict.fromkeys(draw.sample(removable, count), 0.0) for count in counts if count]
 
 
 class _Cover:
@@ -492,8 +504,9 @@ def _fitted(model: Model, one: _Series) -> Precision:
         kept = model.graph.kept(policy)
         for number, weight in enumerate(model.computed):
             layer = layers[weight]
-            seen = found.setdefault(layer.name, {}).setdefault(shapes.widths(layer, kept), [])
-            seen.append(one.anchor * times.get(number, 0.0))
+            widths = shapes.widths(layer, kept)
+            if 0 not in widths:
+                found.setdefault(layer.name, {}).setdefault(widths, []).append(one.anchor * times.get(number, 0.0))
     entries = {
         name: tuple(Entry(*widths, median(times)) for widths, times in sorted(seen.items()))
         for name, seen in found.items()

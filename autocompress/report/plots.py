@@ -200,13 +200,15 @@ def front_figure(run: Run, x: str = "bytes") -> go.Figure:
 
 
 def policy_figure(run: Run, trial: Trial, header: Header | None) -> go.Figure:
-    """Bits, zeros and bytes per layer of one trial, in network order."""
+    """Bits, zeros and bytes per layer of one trial, in network order. Removed layers have none, and say so."""
     names = [layer["name"] for layer in run.layers]
-    choices = trial.evaluation.policy.layers
-    chosen = [choices.get(name) for name in names]
-    labels = [html.escape(name) for name in names]
+    policy = trial.evaluation.policy
+    removed = [any(policy.keep.get(group) == 0 for group in layer.get("groups", ())) for layer in run.layers]
+    chosen = [None if gone else policy.layers.get(name) for name, gone in zip(names, removed, strict=True)]
+    labels = [html.escape(name) + " (removed)" * gone for name, gone in zip(names, removed, strict=True)]
+    bits = [0 if gone else c.bits if c else 32 for c, gone in zip(chosen, removed, strict=True)]
     figure = go.Figure()
-    figure.add_trace(go.Bar(x=labels, y=[c.bits if c else 32 for c in chosen], name="bits", marker_color=BLUE))
+    figure.add_trace(go.Bar(x=labels, y=bits, name="bits", marker_color=BLUE))
     figure.add_trace(
         go.Bar(
             x=labels,
