@@ -187,23 +187,22 @@ class OnnxTarget:
         """Exports the dense model and times it. Raises `ExportError`."""
         self._bench, self._task, self._graph = bench, bench.task, bench.graph
         self._place = place or Place()
-        dense = self._candidate(compress(bench, Policy()), Policy())
-        examples = [batch.inputs for batch in bench.calibration[:RANGE_BATCHES]]
-        self.exporter = Exporter(self._graph.layers, dense, examples)
         inputs = few(bench.teacher, bench.example.inputs, self._place.batch)
         if length(inputs) < self._place.batch:
             raise LatencyError(
                 f"--batch {self._place.batch} is more than the {length(inputs)} inputs of the task's batches: give "
                 "less, or let the task make larger batches"
             )
-        reference = self.exporter.build(dense, self._about(Policy()))
         self.table: LatencyTable | None = None
         self._predictor: Predictor | None = None
-        carried = self._place.table
-        if carried is not None:
+        if (carried := self._place.table) is not None:
             carried.check(self._graph, runtime.version(), self._place.threads, self._place.batch)
             self.use(carried)
             dense_ms = carried.dense
+        dense = self._candidate(compress(bench, Policy()), Policy())
+        examples = [batch.inputs for batch in bench.calibration[:RANGE_BATCHES]]
+        self.exporter = Exporter(self._graph.layers, dense, examples)
+        reference = self.exporter.build(dense, self._about(Policy()))
         self.meter = RuntimeMeter(reference, inputs, threads=self._place.threads, dense_ms=dense_ms)
         self._times: dict[Hashable, Latency] = {}
         self._names = LONG if len(self._graph.tensors) < MANY else LONGEST

@@ -79,7 +79,14 @@ def bench() -> Workbench:
 
 @pytest.fixture(scope="module")
 def target(bench: Workbench) -> OnnxTarget:
-    return OnnxTarget(bench, dense_ms=1.0)
+    """Two threads and three inputs are what it is asked for; an export takes a second, so there is one."""
+    return OnnxTarget(bench, Place(threads=2, batch=3), dense_ms=1.0)
+
+
+@pytest.fixture(scope="module")
+def carried(bench: Workbench) -> OnnxTarget:
+    """With a table of another machine, and a latency of the dense model that is not the table's."""
+    return OnnxTarget(bench, Place(table=make_table(bench)), dense_ms=7.0)
 
 
 def built(target: OnnxTarget | PackedTarget, bench: Workbench, policy: Policy, quality: float = 0.5) -> bytes:
@@ -246,24 +253,31 @@ def make_table(bench: Workbench, **changes: Any) -> LatencyTable:
     )
 
 
-def test_table_of_another_machine_stands_for_timing(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = make_table(bench)
-    target = OnnxTarget(bench, Place(table=table))
-    monkeypatch.setattr(target, "meter", None)
+def test_table_of_another_machine_stands_for_timing(
+    bench: Workbench, carried: OnnxTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carried, "meter", None)
     policy = Policy({layer.name: LayerChoice(4) for layer in bench.graph.layers}, activations=8)
-    compressed = compress(bench, target.prepared(policy))
-    found = target.ship(compressed, bench.realise(compressed)).time()
+    compressed = compress(bench, carried.prepared(policy))
+    found = carried.ship(compressed, bench.realise(compressed)).time()
     expected = 0.5 * sum(x.shape[0] * x.shape[1] for x in bench.graph.layers)
     assert found == Latency(expected, expected, expected, 0)
-    assert target.predicted_ms(policy) == target.bound(policy).predicted_ms == expected
-    assert target.predicted_ms(replace(policy, activations=32)) == 2 * expected
-    assert target.about()["device"] == "board"
+    assert carried.predicted_ms(policy) == carried.bound(policy).predicted_ms == expected
+    assert carried.predicted_ms(replace(policy, activations=32)) == 2 * expected
+    assert carried.about()["device"] == "board"
 
 
-def test_dense_latency_is_the_tables(bench: Workbench) -> None:
-    assert OnnxTarget(bench, Place(table=make_table(bench)), dense_ms=7.0).dense_ms == 5000.0
+def test_dense_latency_is_the_tables(carried: OnnxTarget) -> None:
+    assert carried.dense_ms == 5000.0
 
 
+@pytest.fixture
+def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export takes long: what is wrong without one is said before it."""
+    monkeypatch.setattr("autocompress.target.Exporter", None)
+
+
+@pytest.mark.usefixtures("no_export")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -278,13 +292,14 @@ def test_table_of_another_deployment_is_refused(bench: Workbench, changes: dict[
         OnnxTarget(bench, Place(table=make_table(bench, **changes)))
 
 
+@pytest.mark.usefixtures("no_export")
 def test_batch_that_the_task_does_not_have_is_refused(bench: Workbench) -> None:
     with pytest.raises(LatencyError, match=r"--batch 9.*8"):
         OnnxTarget(bench, Place(batch=9), dense_ms=1.0)
 
 
-def test_place_is_written_down(bench: Workbench) -> None:
-    about = OnnxTarget(bench, Place(threads=2, batch=3), dense_ms=1.0).about()
+def test_place_is_written_down(target: OnnxTarget) -> None:
+    about = target.about()
     assert about == {
         "latency_runtime": f"onnxruntime {version()}",
         "device": device(),

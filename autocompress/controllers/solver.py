@@ -31,6 +31,8 @@ HEADER_SLACK = 512
 """Bytes by which a file's header may come out shorter than that of the smallest policy."""
 TRIES = 12
 """Proposals that are drawn before one that was evaluated already is returned."""
+FITS = 4
+"""Random models of new widths whose exact size is asked for, for one proposal: fitting each may take seconds."""
 AT_BUDGET = 0.4
 """Share of the proposals aimed at the budget itself: that is what the user asked for."""
 
@@ -280,15 +282,31 @@ class SolverController(OptunaController):
 
     def _anything(self, number: int) -> Policy | None:
         """A random policy that fits and is new: what is left when the front has no new neighbours."""
-        draw = np.random.default_rng(mix(self._seed + 1, number))
+        draw, fits = np.random.default_rng(mix(self._seed + 1, number)), 0
         for _ in range(10 * TRIES):
             levels = tuple(int(draw.integers(len(m.costs))) for m in self._menus)
             keep = tuple(int(draw.integers(n + 1)) for n in self._whole)
             rest = tuple((name, values[int(draw.integers(len(values)))]) for name, values in self._rest.items())
+            if self._too_large(levels, keep):
+                continue
             policy = self._policy(Choice(levels, keep, rest))
-            if policy.key() not in self._seen and self._excess(policy) <= 0:
+            if self._too_slow(policy) or policy.key() in self._seen:
+                continue
+            if self._excess(policy) <= 0:
                 return policy
+            fits += keep != self._whole
+            if fits >= FITS:
+                return None
         return None
+
+    def _too_large(self, levels: tuple[int, ...], keep: tuple[int, ...]) -> bool:
+        """Whether the layers alone are over the bytes."""
+        menus = zip(self._menus_at(keep), levels, strict=True)
+        return self._budget.bytes is not None and sum(int(m.costs[k]) for m, k in menus) > self._budget.bytes
+
+    def _too_slow(self, policy: Policy) -> bool:
+        """Whether the multiply-accumulates are over their limit."""
+        return self._budget.macs is not None and self._space.graph.macs(policy) > self._budget.macs
 
     def _wide(self, rest: tuple[tuple[str, Value], ...]) -> int:
         """The width of the activations when the categoricals are `rest`."""

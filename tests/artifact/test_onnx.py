@@ -180,6 +180,8 @@ class Bordered(nn.Module):
         return self.c(torch.relu(self.b(F.pad(x, (1, 1, 1, 1))) + x))
 
 
+LATE = ("tied", "baked", "alike")
+"""Networks whose every width is left to the whole run: an export and forty sessions take seconds."""
 Inputs = Callable[[int], Any]
 CASES: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
     "residual": (Residual, lambda n: torch.randn(n, 3, 6, 6)),
@@ -276,7 +278,7 @@ def gap(a: list[Tensor], b: list[Tensor]) -> float:
 # --- what it computes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in LATE else ()) for x in CASES])
 def test_float_file_of_every_width_computes_what_the_model_does(name: str) -> None:
     known = case(name)
     for bits, scheme, sparsity in itertools.product(BITS, ("symmetric", "asymmetric"), (0.0, 0.6)):
@@ -641,6 +643,7 @@ def test_equal_tensors_of_the_dense_model_are_not_taken_for_one() -> None:
     assert gap(outputs(known.exporter.module(session(content)), known.inputs), outputs(made.model, known.inputs)) < 2e-6
 
 
+@pytest.mark.slow
 def test_model_that_computes_with_its_tensors_is_exported_for_each_candidate() -> None:
     known = opened(seeded(Derived), torch.randn(8, 6))
     made = known.candidate(known.uniform(4))
