@@ -202,8 +202,7 @@ class OnnxTarget:
         dense = self._candidate(compress(bench, Policy()), Policy())
         examples = [batch.inputs for batch in bench.calibration[:RANGE_BATCHES]]
         self.exporter = Exporter(self._graph.layers, dense, examples)
-        reference = self.exporter.build(dense, self._about(Policy()))
-        self.meter = RuntimeMeter(reference, inputs, threads=self._place.threads, dense_ms=dense_ms)
+        self.meter = RuntimeMeter(self.exporter.original, inputs, threads=self._place.threads, dense_ms=dense_ms)
         self._times: dict[Hashable, Latency] = {}
         self._names = LONG if len(self._graph.tensors) < MANY else LONGEST
         self._cost = lru_cache(maxsize=4096)(self._cost_of)

@@ -72,12 +72,14 @@ class Exported:
     """A network's skeleton, which holds the model's own tensors, and the structure of what it returns.
 
     `general` says whether it computes with whatever tensors it is filled with. Not so where the exporter computed with
-    their values, as with the weights of an LSTM: then it stands for the exported model only.
+    their values, as with the weights of an LSTM: then it stands for the exported model only. `plain` is the model as the
+    exporter leaves it, in single precision: what its user would run without this package.
     """
 
     skeleton: Skeleton
     outputs: Outputs
     general: bool
+    plain: bytes
 
 
 def export(model: nn.Module, inputs: Any, weights: Iterable[str]) -> Exported:
@@ -89,11 +91,11 @@ def export(model: nn.Module, inputs: Any, weights: Iterable[str]) -> Exported:
     model = model.eval()
     with torch.no_grad():
         outputs = Outputs.of(call(model, inputs))
-    proto, places = _program(_distinct(model), inputs, model)
+    proto, places, plain = _program(_distinct(model), inputs, model)
     general = _same(proto, outputs, model, inputs)
     if not general:
-        proto, places = _program(model, inputs, model)
-    return Exported(Skeleton(proto, places, _computed(proto, places, weights)), outputs, general)
+        proto, places, plain = _program(model, inputs, model)
+    return Exported(Skeleton(proto, places, _computed(proto, places, weights)), outputs, general, plain)
 
 
 def _computed(proto: onnx.ModelProto, places: Mapping[str, Place], weights: Iterable[str]) -> dict[str, str]:
@@ -122,8 +124,8 @@ def _same(proto: onnx.ModelProto, outputs: Outputs, model: nn.Module, inputs: An
         return False
 
 
-def _program(exported: nn.Module, inputs: Any, model: nn.Module) -> tuple[onnx.ModelProto, dict[str, Place]]:
-    """The graph of `exported` with the tensors of `model` in it, and where they are."""
+def _program(exported: nn.Module, inputs: Any, model: nn.Module) -> tuple[onnx.ModelProto, dict[str, Place], bytes]:
+    """The graph of `exported` with the tensors of `model` in it, where they are, and the same graph as exported."""
     proto = _translated(exported, *arguments(inputs))
     places = _places(proto, exported)
     _tie(proto, places, exported)
@@ -133,8 +135,9 @@ def _program(exported: nn.Module, inputs: Any, model: nn.Module) -> tuple[onnx.M
             place, values = places[name], value.detach().cpu().numpy()
             whole = np.ascontiguousarray(place.shaped(values))
             tensors_of[place.name].CopyFrom(numpy_helper.from_array(whole, place.name))
+    plain = proto.SerializeToString()
     rewrite(proto)
-    return proto, places
+    return proto, places, plain
 
 
 def _translated(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> onnx.ModelProto:
@@ -425,6 +428,11 @@ class Exporter:
     def kernels(self, candidate: Candidate) -> Hashable:
         """Equal for candidates that run the same kernels on the same shapes, and so take the same time."""
         return candidate.architecture, self._chosen(self._exported(candidate), candidate)
+
+    @property
+    def original(self) -> bytes:
+        """The dense model in single precision, as torch's exporter leaves it."""
+        return self._dense.plain
 
     @property
     def computed(self) -> tuple[str, ...]:
