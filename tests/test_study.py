@@ -305,7 +305,7 @@ def test_task_without_training_data_is_one_shot_and_says_so_once(world: World) -
     found = world.search()
     again = world.search(resume=True)
     assert {t.evaluation.rung for t in found.trials} == {0}
-    assert sum("one-shot only" in text for text in again.warnings) == 1
+    assert sum("one-shot only: the task has nothing to train on, its batches" in text for text in again.warnings) == 1
 
 
 def test_training_goes_on_in_the_arithmetic_that_the_run_began_with(world: World) -> None:
@@ -327,6 +327,14 @@ def test_interrupted_training_keeps_its_last_epoch_in_the_run_folder_until_it_is
     given = [c for e in world.evaluators for _, c in e.trained_with if c is not None]
     trained = [t.evaluation.policy.key() for t in found.trials if t.evaluation.rung]
     assert given == [world.run / "checkpoints" / f"{key}.safetensors" for key in trained]
+
+
+def test_nothing_of_an_interrupted_training_is_left_in_the_end(world: World) -> None:
+    world.killed(21)
+    (world.run / "checkpoints").mkdir(exist_ok=True)
+    (world.run / "checkpoints" / "0123456789abcdef.safetensors").write_bytes(b"x")
+    world.search(resume=True)
+    assert not (world.run / "checkpoints").exists()
 
 
 def test_diverged_training_narrows_the_learning_rates_of_later_ones(world: World) -> None:
