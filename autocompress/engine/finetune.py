@@ -27,6 +27,8 @@ REPORTS_PER_EPOCH = 4
 LARGEST_NORM = 2.0
 """What `clip` shortens the gradient of all weights together to. That of ResNet-20 is 1 to 2 long in calm training,
 and up to 9 in the first steps after a cut to 2 bits: those are clipped."""
+STATISTICS = ("running_mean", "running_var")
+"""What is averaged of the buffers: others are constants, and may be infinite."""
 LEAST_SCALE = 0.1
 """Share of its first size that a learning scale keeps: one that passed zero would turn its row's grid around."""
 
@@ -154,7 +156,7 @@ class _Learner:
             self.scales, self._least = first.clone().requires_grad_(), LEAST_SCALE * first.abs()
             self._sign = first.sign()
         learnt = [*self.parameters, *([self.scales] if self.scales is not None else [])]
-        self._all = [*learnt, *(b for b in model.buffers() if b.is_floating_point())]
+        self._all = [*learnt, *(b for name, b in model.named_buffers() if name.endswith(STATISTICS))]
         self.average = _Average(self._all, recovery.ema) if recovery.ema > 0 else None
 
     def groups(self) -> list[dict[str, Any]]:

@@ -351,6 +351,23 @@ def test_the_average_is_an_exponential_moving_one_of_weights_and_statistics(
     assert not np.allclose(student[0].weight.detach().numpy(), steps[-1][0].numpy(), atol=1e-4)
 
 
+def test_constant_buffers_stay_as_they_are() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+            self.register_buffer("mask", torch.tensor([0.0, -1e30, -torch.inf]).repeat(10, 1).T.contiguous())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    task = Classification()
+    task._model = Masked()
+    student = trained(Recovery(epochs=2, ema=0.9), task=task)
+    assert torch.equal(student.mask, task._model.mask)
+    assert not torch.equal(student.inner[0].weight, task._model.inner[0].weight)
+
+
 def test_the_average_is_put_on_the_average_of_the_grids(steps: list[list[Tensor]]) -> None:
     weight, decay = mlp()[0].weight.detach(), 0.9
     mask, grid = magnitude_mask(weight, 20), fit_grid(weight, 3, symmetric=True)
