@@ -560,6 +560,8 @@ def _rebuild(run: Run, trial: Trial, form: str) -> bytes:
 
     The same policy and seed give the same file. What another format computes is scored, and said if it differs.
     """
+    from autocompress.study import measuring
+
     policy = trial.evaluation.policy
     if policy.recovery.epochs:
         err.print(f"trial {trial.number} has recovery training, and its file is not here: training it again")
@@ -567,7 +569,7 @@ def _rebuild(run: Run, trial: Trial, form: str) -> bytes:
     settings = replace(run.settings, format=form, latency_table=None)
     if form == "packed":
         policy = replace(policy, activations=32)
-    evaluator = settings.evaluator(None if other else run.dense.latency_ms)
+    evaluator = measuring(settings, run.folder, timed=not other)
     compressed, model = evaluator.build(policy)
     quality = trial.measured.quality
     if other:

@@ -247,9 +247,9 @@ class Climb:
         """What to train next with `left` seconds; None if nothing is left, or not enough time for it."""
         self.left = left
         step, pace = next_step(self.members(), len(self.epochs), self.starts()), self.pace()
-        if step is None or pace is None:
-            return step
-        return step if pace.of(self.epochs[step.rung - 1]) <= left else None
+        if step is None:
+            return None
+        return step if (pace.of(self.epochs[step.rung - 1]) if pace else 0.0) <= left else None
 
     def parent(self, seed: int) -> Policy:
         """Who starts next: the untried member of the front that is farthest from those that did, or a near equal."""

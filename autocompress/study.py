@@ -13,6 +13,7 @@ import math
 import platform
 import re
 import resource
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -290,7 +291,8 @@ class Study:
         Where `val` is large, on a part of it; `promote` then scores the best on all of it.
         """
         screen = self.evaluator.screens
-        limit = self._timeout * (0.5 if self.settings.epochs else 0.8 if screen else 1.0)
+        trains = self.settings.epochs and self.evaluator.bench.trainable
+        limit = self._timeout * (0.5 if trains else 0.8 if screen else 1.0)
         self.warnings = [text for text in self.warnings if text != NO_TIME]
         since, before, total = time.monotonic(), self._searched(), self.settings.trials
 
@@ -378,7 +380,7 @@ class Study:
         if not self.settings.epochs or self._stopped:
             return
         if not self.evaluator.bench.trainable:
-            self.warn(f"no recovery training, one-shot only: of the task {self.evaluator.bench.untrainable}")
+            self.warn(f"one-shot only: the task has nothing to train on, {self.evaluator.bench.untrainable}")
             return
         climb = self._climb()
 
@@ -405,7 +407,7 @@ class Study:
         """The rungs, with the time of a training step where no training of this run told it."""
         direction, settings = self.evaluator.task.direction, self.settings
         climb = Climb(self.trials, self.budget, direction, ladder(settings.epochs), settings.first_rung)
-        if climb.pace() is None and (waiting := climb.untried()):
+        if climb.pace() is None and self.seconds < self._timeout and (waiting := climb.untried()):
             climb.timed = _timed_pace(self.evaluator, waiting[-1].evaluation.policy, climb.fixed())
         return climb
 
@@ -501,6 +503,7 @@ class Study:
             for path in (self.folder / folder).iterdir():
                 if _OURS.fullmatch(path.name) and path.name not in keep:
                     path.unlink()
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         for trial in self.trials:
             if trial.artifact and trial.number not in current:
                 self._finish(replace(trial, artifact=""))
@@ -905,11 +908,14 @@ def check_resumable(folder: Path, wanted: Settings, space: SpaceFile | None = No
     return file
 
 
-def measuring(settings: Settings, folder: Path) -> Evaluator:
-    """What measures candidates of the run in `folder` as it did, for whoever wants to know more of it later."""
-    evaluator = settings.evaluator(_dense_latency(folder))
+def measuring(settings: Settings, folder: Path, *, timed: bool = True) -> Evaluator:
+    """What measures candidates as the run in `folder` did, for whoever wants to know more of it later.
+
+    Unless `timed`, the dense model's latency is not the run's: `settings` ask for another format.
+    """
     with Journal.reading(folder) as journal:
-        known = journal.fact("precision")
+        known, dense = journal.fact("precision"), journal.fact("dense")
+    evaluator = settings.evaluator(dense["latency_ms"] if timed else None)
     if known is not None:
         evaluator.bench.precision = Precision(**known)
     return evaluator

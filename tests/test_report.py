@@ -14,7 +14,7 @@ from autocompress.errors import AutocompressError
 from autocompress.front import Trial
 from autocompress.journal import Journal
 from autocompress.policy import Recovery
-from autocompress.report.plots import front_png
+from autocompress.report.plots import front_figure, front_png
 from autocompress.report.tables import COLUMNS, Run, recipe_text, summary, table
 from autocompress.report.write import write_report
 from autocompress.trial import Budget
@@ -235,6 +235,16 @@ def test_trained_trial_stands_beside_the_one_shot_trial_that_it_began_as(climbed
         assert found["epochs"] == {1: 1, 2: 2, 3: 4}[found["rung"]]
     shots = [r for r in rows.values() if not r["rung"]]
     assert all(r["parent"] is None and r["recipe"] == "" and r["epochs"] == 0 for r in shots)
+
+
+def test_figure_leads_from_before_to_after_recovery(climbed: Run) -> None:
+    (lines,) = [trace for trace in front_figure(climbed).data if trace.name == "recovery"]
+    drawn = list(zip(lines.x, lines.y, strict=True))
+    trained = [r for r in map(climbed.row, climbed.front) if r["rung"]]
+    expected = [
+        ((r["bytes_before"], r["quality_before"]), (r["bytes"], r["quality_val"]), (None, None)) for r in trained
+    ]
+    assert drawn == [point for points in expected for point in points]
 
 
 def test_page_names_recipe_rung_and_the_quality_before(climbed: Run) -> None:

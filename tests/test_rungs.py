@@ -202,6 +202,9 @@ def test_rungs_of_a_run_are_told_by_its_trials() -> None:
     assert climbing.state(running=1) == (3, 6, 2 * 18.0)
     assert climbing.next_step(45.0) == Step(1)
     assert climbing.next_step(8.0) is None  # no time for anything
+    unknown = Climb(shots, Budget(), "max", (1, 2), 4)
+    assert unknown.next_step(0.1) == Step(1)
+    assert unknown.next_step(-0.1) is None
 
 
 def test_who_is_over_the_budget_or_failed_does_not_climb() -> None:

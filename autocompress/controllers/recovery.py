@@ -1,4 +1,4 @@
-"""Proposes recovery training: known good recipes first, then a multivariate TPE on what trainings were worth.
+"""Proposes recovery training: known good recipes first, then the best of them again or a draw of a multivariate TPE.
 
 What a training is worth is log(loss after / loss of its one-shot policy), which compares across sizes. A proposal is
 for a rung (epochs) and a place on the budget axis (share of the dense bytes): what both do to the worth, as far as that
@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ RECIPES: tuple[dict[str, Value], ...] = (
 """What is tried first, each as a change of `USUAL`, as far as the space allows it."""
 SAFE = 0.5
 """After a training diverged, later ones stay below this share of its learning rate."""
+AGAIN = 0.5
+"""Share of proposals that take the recipe that was worth most so far, on another policy, instead of a new one."""
 RIDGE = 1.0
 FAR = 0.5
 """What an octave of epochs or bytes away from where a proposal is for costs a lesson, in standard deviations."""
@@ -96,7 +99,7 @@ class RecoveryProposer:
         new = (r for r in self._recipes(choices) if not any(_taken(r, choices, known) for known in self._known()))
         point = next(new, None)
         if point is None:
-            point = self._sampled(choices, epochs, share, seed)
+            point = self._learned(choices, epochs, share, seed)
         policy = self._space.with_recovery(parent, point, epochs)
         self._tried.append(policy.recovery)  # another worker may ask before this one is told
         return policy
@@ -123,21 +126,32 @@ class RecoveryProposer:
                 found.append(recipe)
         return found
 
-    def _sampled(
+    def _learned(
         self, choices: Mapping[Parameter, BaseDistribution], epochs: int, share: float, seed: int
     ) -> dict[str, Value]:
-        """One draw of the TPE; of the prior while there are no lessons."""
+        """The recipe that was worth most for such a place, or a draw of the TPE; of its prior without lessons."""
         lessons = [*self.earlier, *self.lessons]
         points = [_point(lesson.recovery, choices) for lesson in lessons]
-        known = [(lesson, point) for lesson, point in zip(lessons, points, strict=True) if point is not None]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = TPESampler(seed=seed, multivariate=True, n_startup_trials=1)
-        study = optuna.create_study(sampler=sampler)
-        named = {p.name: distribution for p, distribution in choices.items()}
-        for (_, point), value in zip(known, _worths([lesson for lesson, _ in known], epochs, share), strict=True):
-            study.add_trial(optuna.trial.create_trial(params=point, distributions=named, value=value))
-        return dict(study.ask(named).params)
+        fit = [(lesson, point) for lesson, point in zip(lessons, points, strict=True) if point is not None]
+        worths = _worths([lesson for lesson, _ in fit], epochs, share)
+        known = [(worth, point) for worth, (_, point) in zip(worths, fit, strict=True)]
+        if known and Random(seed).random() < AGAIN:
+            return min(known, key=lambda k: k[0])[1]
+        return _sampled(known, {p.name: choice for p, choice in choices.items()}, seed)
+
+
+def _sampled(
+    known: Sequence[tuple[float, dict[str, Value]]], choices: dict[str, BaseDistribution], seed: int
+) -> dict[str, Value]:
+    """A draw of a multivariate TPE that knows what points were worth."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = TPESampler(seed=seed, multivariate=True, n_startup_trials=1)
+    study = optuna.create_study(sampler=sampler)
+    for worth, point in known:
+        study.add_trial(optuna.trial.create_trial(params=point, distributions=choices, value=worth))
+    return dict(study.ask(choices).params)
 
 
 def _worths(lessons: Sequence[Lesson], epochs: int, share: float) -> list[float]:

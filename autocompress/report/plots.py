@@ -148,6 +148,22 @@ def _scatter(trials: Sequence[Trial], run: Run, name: str, x: str, **style: Any)
     )
 
 
+def _gains(front: Sequence[Trial], run: Run, x: str) -> go.Scatter:
+    """Lines from what trained members of the front were as one-shot policies."""
+    ends: list[Trial | None] = []
+    for trial in front:
+        parent = run.parent(trial)
+        ends += [parent, trial, None] if parent is not None else []
+    return go.Scatter(
+        x=[None if t is None else getattr(t.measured, x) for t in ends],
+        y=[None if t is None else t.measured.quality for t in ends],
+        mode="lines",
+        line={"color": ORANGE, "width": 1.5, "dash": "dot"},
+        name="recovery",
+        hoverinfo="skip",
+    )
+
+
 def front_figure(run: Run, x: str = "bytes") -> go.Figure:
     """Quality against bytes or `latency_ms`, every trial with a short hover."""
     figure = go.Figure()
@@ -155,6 +171,7 @@ def front_figure(run: Run, x: str = "bytes") -> go.Figure:
         _scatter(_ok(run), run, "all trials", x, mode="markers", marker={"color": GREY, "size": 6, "opacity": 0.45})
     )
     front = sorted(run.front, key=lambda t: getattr(t.measured, x))
+    figure.add_trace(_gains(front, run, x))
     mode = "lines+markers" if x == "bytes" else "markers"
     figure.add_trace(
         _scatter(

@@ -124,6 +124,11 @@ class Run:
         ]  # fmt: skip
         return {t.evaluation.policy.key(): t for t in sorted(shots, key=lambda t: not t.evaluation.screened)}
 
+    def parent(self, trial: Trial) -> Trial | None:
+        """The one-shot trial that a recovery training began with; None for one without."""
+        policy = trial.evaluation.policy
+        return self.parents.get(policy.without_recovery().key()) if policy.recovery.epochs else None
+
     def row(self, trial: Trial) -> dict[str, Any]:
         """`row` of a trial of this run."""
         return row(trial, self.budget, self.parents)

@@ -85,6 +85,13 @@ def test_space_without_choices_gives_its_one_recipe() -> None:
     assert len(set(found)) == 1
 
 
+def test_best_recipe_so_far_is_taken_again_for_about_half() -> None:
+    found = after(WIDE, lambda r: 0.0 if r.gradient == "centralise" and r.lr == 0.01 else 1.0, 45)
+    (best,) = {r for r in found[: len(RECIPES)] if r.gradient == "centralise"}
+    later = found[len(RECIPES) :]
+    assert 0.25 < sum(r == best for r in later) / len(later) < 0.75
+
+
 def test_samples_move_to_where_trainings_were_worth_most() -> None:
     """The optimum is far from all recipes; random draws of the same space lie much farther from it."""
 
@@ -93,7 +100,9 @@ def test_samples_move_to_where_trainings_were_worth_most() -> None:
 
     found = after(WIDE, lambda r: distance(r) - 1.0, 40)
     random = after(WIDE, lambda r: 0.0, 40)  # noqa: ARG005 (a constant teaches nothing)
-    assert fmean(map(distance, found[-12:])) < 0.75 * fmean(map(distance, random[-12:]))
+    new, other = [[r for i, r in enumerate(x) if i >= 20 and r not in x[:i]] for x in (found, random)]
+    assert min(len(new), len(other)) >= 5
+    assert fmean(map(distance, new)) < 0.75 * fmean(map(distance, other))
 
 
 def lessons(best_lr: Callable[[float], float]) -> list[Lesson]:
@@ -198,5 +207,5 @@ def test_told_the_same_it_proposes_the_same() -> None:
 
 def test_another_seed_draws_otherwise() -> None:
     earlier = [Lesson(recovery, 0.05, -0.1) for recovery in after(WIDE, lambda r: 0.0, 6)]  # noqa: ARG005
-    drawn = {RecoveryProposer(make_space(WIDE), earlier).propose(PARENT, 1, 0.05, seed) for seed in range(4)}
-    assert len(drawn) == 4
+    drawn = {RecoveryProposer(make_space(WIDE), earlier).propose(PARENT, 1, 0.05, seed) for seed in range(8)}
+    assert len(drawn) >= 4
