@@ -60,13 +60,23 @@ class Removed(nn.Module):
         """`x` (..., channels, positions ...), or (..., channels) for a linear layer."""
         layer, bias = self.original, self._parameters.get("bias")
         if isinstance(layer, nn.Linear):
+            _check_channels(x.shape[-1], layer.in_features)
             empty = x.new_zeros((*x.shape[:-1], layer.out_features))
             return empty if bias is None else empty + bias
         if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            _check_channels(x.shape[1], 0)
             return x
         sizes = _positions(layer, x)
+        _check_channels(x.shape[-1 - len(sizes)], layer.in_channels)
         empty = x.new_zeros((*x.shape[: -1 - len(sizes)], layer.out_channels, *sizes))
         return empty if bias is None else empty + bias.reshape(-1, *[1] * len(sizes))
+
+
+def _check_channels(given: int, wanted: int) -> None:
+    if given != wanted:
+        raise RuntimeError(
+            f"a removed layer gets {given} channels in place of {wanted}: the model uses them elsewhere too"
+        )
 
 
 def _positions(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> list[int]:

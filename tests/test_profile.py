@@ -178,6 +178,16 @@ def test_narrowest_a_middle_and_the_widest_ratio_of_many_are_probed() -> None:
     assert [group.keep for group in groups if group.name == "conv2"] == [0.125, 0.375, 0.75]
 
 
+def test_removing_a_group_is_probed_for_itself() -> None:
+    graph = replace(GRAPH, groups=tuple(replace(g, removable=g.name == "conv1") for g in GRAPH.groups))
+    space = make_space(TEXT + "[channels]\nkeep = [0.0, 0.25, 0.375, 0.5, 0.75, 1.0]\n", graph)
+    counting = Counting()
+    found = with_groups(made(counting), counting, space, lambda *_: None, lambda: 0.0)
+    probed = {name: [g.keep for g in found.groups if g.name == name] for name in ("conv1", "conv2")}
+    assert probed == {"conv1": [0.0, 0.25, 0.375, 0.75], "conv2": [0.25, 0.375, 0.75]}
+    assert Profile.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
 def test_layer_that_no_level_harms_is_not_evaluated() -> None:
     counting = Counting()
     (first, *_) = made(counting, "[layers]\nbits = [32]\n").layers

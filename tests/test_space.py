@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from autocompress.errors import SpaceError
 from autocompress.graph import Graph, Group, Layer, Member
 from autocompress.measure.size import Size
-from autocompress.policy import LayerChoice, Policy, Recovery
+from autocompress.policy import BITS, LayerChoice, Policy, Recovery
 from autocompress.space import (
     Ordered,
     Parameter,
@@ -279,6 +280,34 @@ def test_the_graph_keeps_as_many_channels_as_the_space_meant(step: int, ratios: 
         (kept,) = graph.kept(Policy(keep={"g": ratio})).values()
         assert kept == channels or kept % step == 0
         assert 1 <= kept <= channels
+
+
+def removable_graph(names: tuple[str, ...]) -> Graph:
+    """The fake network with groups that can go."""
+    graph = space("").graph
+    return replace(graph, groups=tuple(replace(g, removable=g.name in names) for g in graph.groups))
+
+
+def test_a_ratio_of_zero_is_for_groups_that_can_go() -> None:
+    text = "[channels]\nkeep = [0.0, 0.5, 1.0]\nmultiple_of = 8\n"
+    graph = removable_graph(("body.conv",))
+    built = space(text, graph)
+    assert (built.keep["stem.conv"][0], built.keep["body.conv"][0]) == (0.5, 0.0)
+    assert built.keep["body.conv"][1:] == space("[channels]\nkeep = [0.5, 1.0]\nmultiple_of = 8\n").keep["body.conv"]
+    for policy in (built.smallest(), built.uniform(keep=0.0)):
+        graph.check(policy)
+        assert policy.keep["body.conv"] == 0.0 < policy.keep["stem.conv"]
+        assert built.decode(built.encode(policy)).keep == policy.keep
+    assert set(space("[channels]\nkeep = [0.0]\n", graph).keep.items()) == {
+        ("stem.conv", (1.0,)),
+        ("body.conv", (0.0,)),
+    }
+
+
+def test_a_removed_layer_has_no_bytes_whatever_its_bits() -> None:
+    layer = space("").graph.layers[1]
+    assert {section_bytes(layer, (0, 8, 3, 3), LayerChoice(bits)) for bits in BITS} == {0}
+    assert {section_bytes(layer, (8, 0, 3, 3), LayerChoice(bits, 0.5)) for bits in BITS} == {0}
 
 
 # --- overrides ----------------------------------------------------------------------------------------------

@@ -361,7 +361,7 @@ def design(graph: Graph, keep: Mapping[str, Sequence[float]], seed: int = 0) -> 
     cover = _Cover(graph, ratios)
     for run in runs:
         cover.add(run)
-    fewer = _shallower(sorted(name for name in ratios if 0.0 in keep.get(name, ())), draw)
+    fewer = _shallower(sorted(name for name in ratios if 0.0 in keep.get(name, ())), random.Random(seed))
     if longest == 1:
         return (*runs, *runs, *fewer)
     while len(runs) < MAX_RUNS and (len(runs) < MIN_RUNS or not cover.complete):

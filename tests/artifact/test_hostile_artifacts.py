@@ -495,6 +495,25 @@ def test_layer_that_is_folded_away_is_refused() -> None:
         build(replace(ARTIFACT, header=header, tensors=kept), copy.deepcopy(MODEL))
 
 
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"body.0.weight": half(4, 0, 1, 1)},
+        {"conv.weight": half(0, 1, 3, 3), "conv.bias": half(0)},
+        {"fc.weight": half(3, 0)},
+        {"conv.weight": half(4, 0, 3, 3)},
+        {"body.0.weight": half(0, 0, 1, 1), "body.0.bias": half(0)},
+    ],
+)
+def test_layers_without_channels_between_others_are_refused_or_do_not_run(tensors: dict[str, Stored]) -> None:
+    try:
+        model = rebuilt(**tensors)
+    except ArtifactError:
+        return
+    with pytest.raises(RuntimeError, match=r"channels|shapes"):
+        model(torch.zeros(2, 1, 5, 5))
+
+
 def test_refused_file_leaves_the_model_as_it_was() -> None:
     model = copy.deepcopy(MODEL)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -335,6 +335,16 @@ def test_losses_of_widths_pass_through_the_measured_ones_and_rise_as_channels_go
     assert found["conv2"][:3] == pytest.approx([0.3, 0.3, 0.3])  # noise: narrower is not better
 
 
+def test_loss_of_a_removed_group_is_what_was_measured_alone() -> None:
+    graph = replace(GRAPH, groups=tuple(replace(g, removable=g.name == "conv1") for g in GRAPH.groups))
+    space = make_space("[layers]\nbits = [8]\n[channels]\nkeep = [0.0, 0.25, 0.5, 1.0]\n", graph)
+    rows = [("conv1", 0.25, 0.9), ("conv1", 0.5, 0.1)]
+    for removed in (0.2, 5.0):
+        groups = tuple(GroupProfile(*row) for row in [*rows, ("conv1", 0.0, removed)])
+        found = group_losses(space, replace(make_profile(space), groups=groups))
+        assert found["conv1"] == pytest.approx([removed, 0.9, 0.1, 0.0])
+
+
 def test_channels_go_first_where_the_measured_loss_per_operation_is_least() -> None:
     space = make_space("[layers]\nbits = [8]\n[channels]\nkeep = [0.25, 0.5, 0.75, 1.0]\n")
     for tough, soft in (("conv1", "conv2"), ("conv2", "conv1")):

@@ -81,7 +81,7 @@ class FakeWatch:
         return Traced(self(content, samples), {i: self.unit * (t + self.probe) for i, t in enumerate(times)})
 
     def against(self, reference: bytes, dense_ms: float) -> FakeWatch:
-        return FakeWatch(dense_ms, dense_ms / self.total(reference))
+        return FakeWatch(dense_ms, dense_ms / self.total(reference), probe=self.probe)
 
 
 def made(keep: Mapping[str, Sequence[float]] = KEEP, watch: FakeWatch | None = None) -> LatencyTable:
@@ -175,6 +175,24 @@ def test_model_without_prunable_channels_gets_a_table() -> None:
     assert table.runs == 2 * 2 + latency_table.MIXED_RUNS
     wanted = FakeWatch(9.0).total(file_of(policy(1, 1), 8))
     assert table.predict(GRAPH, policy(1, 1), 8) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("activations", [32, 8])
+def test_removed_layers_take_no_time_and_the_rest_takes_its_own(activations: int) -> None:
+    table = made({"conv1": (0.0, *RATIOS), "conv2": RATIOS}, FakeWatch(9.0, probe=0.0))
+    assert table.error < 1e-9
+    for a, b in itertools.product((0.0, *RATIOS), RATIOS):
+        one = policy(a, b)
+        found = table.predict(GRAPH, one, activations)
+        assert found == pytest.approx(FakeWatch(9.0).total(file_of(one, activations)))
+    assert all(entry.inputs and entry.outputs for p in table.precisions for rows in p.layers.values() for entry in rows)
+
+
+def test_design_removes_some_and_all_of_the_groups_that_can_go() -> None:
+    plain, more = (design(GRAPH, {"conv1": (*zero, *RATIOS), "conv2": (*zero, *RATIOS)}) for zero in ((), (0.0,)))
+    assert more[: len(plain)] == plain
+    assert [sorted(run.items()) for run in more[len(plain) :]][-1] == [("conv1", 0.0), ("conv2", 0.0)]
+    assert {len(run) for run in more[len(plain) :]} == {1, 2}
 
 
 def test_layer_that_the_runtime_does_not_show_adds_nothing() -> None:
