@@ -18,7 +18,7 @@ from autocompress.controllers.solver import group_losses
 from autocompress.errors import AutocompressError
 from autocompress.policy import Policy
 from autocompress.profile import GroupProfile
-from autocompress.trial import Budget, Evaluation
+from autocompress.trial import Budget, Evaluation, Measurement
 
 TIGHT = Budget(bytes=1500)
 CUTS = (3, 17, 31, 46, 59)
@@ -440,6 +440,24 @@ def test_solver_explores_down_to_the_smallest_files_under_a_wide_budget() -> Non
     least, budget = predict(space.smallest()).bytes, Budget(bytes=2 * predict(space.smallest()).bytes)
     sizes = [predict(e.policy).bytes for e in edge_run(EDGES["asymmetric"], budget, count=40)]
     assert min(sizes) <= 1.02 * least
+
+
+def test_solver_without_anything_new_that_fits_asks_for_few_exact_sizes() -> None:
+    """The exact size of new widths takes seconds in a real network."""
+    space, evaluator, asked = make_space(EDGES["channels"]), FakeEvaluator(), []
+
+    def predict(policy: Policy) -> Measurement:
+        asked.append(policy)
+        return evaluator.predict(policy)
+
+    budget = Budget(bytes=evaluator.predict(space.smallest()).bytes)
+    proposer = make_controller("solver", space, budget, predict, 0, make_profile(space))
+    narrow = []
+    for _ in range(6):
+        asked.clear()
+        proposer.tell(evaluator(proposer.ask()))
+        narrow.append(len({p.key() for p in asked if p.keep}))
+    assert max(narrow) <= 5  # four at random, and the smallest, which is known to fit
 
 
 @pytest.mark.parametrize("budget", [Budget(bytes=1), Budget(macs=1)])
