@@ -149,12 +149,13 @@ def _reference(scaled: Sequence[Point]) -> Point:
 # --- who starts -----------------------------------------------------------------------------------------
 
 
-def farthest(sizes: Sequence[int], started: Sequence[int]) -> int:
-    """Index of the size that is farthest, as a ratio, from every started one; at first the largest.
+def next_start(sizes: Sequence[int], started: Sequence[int]) -> int:
+    """Index of the largest size, and every other time of that farthest, as a ratio, from every started one.
 
-    So trainings begin at the budget, then at the other end, and then fill the gaps between.
+    So half of the trainings begin near the budget, which is what was asked for, and the others at the other end and in
+    the gaps between.
     """
-    if not started:
+    if len(started) % 2 == 0:
         return max(range(len(sizes)), key=lambda i: (sizes[i], -i))
     gaps = [min(abs(math.log(size / other)) for other in started) for size in sizes]
     return max(range(len(sizes)), key=lambda i: (round(gaps[i], 9), sizes[i], -i))
@@ -252,10 +253,10 @@ class Climb:
         return step if (pace.of(self.epochs[step.rung - 1]) if pace else 0.0) <= left else None
 
     def parent(self, seed: int) -> Policy:
-        """Who starts next: the untried member of the front that is farthest from those that did, or a near equal."""
+        """Who starts next: an untried member of the front at the budget or far from those that did, or a near equal."""
         untried = self.untried()
         sizes = [t.measured.bytes for t in untried]
-        chosen = untried[farthest(sizes, [t.measured.bytes for t in self._started()])]
+        chosen = untried[next_start(sizes, [t.measured.bytes for t in self._started()])]
         return shifted(chosen, self._near_front(), seed).evaluation.policy
 
     def members(self) -> list[Member]:

@@ -2,12 +2,12 @@
 
     python benchmarks/recovery.py --data DIR --checkpoint resnet20_cifar10.pt --runs DIR
 
-For each budget the package's own search (`--epochs` in the last rung) finds a policy and a recipe on `val`. Its pick is
-then trained again with `--seeds` training seeds; each time the file is written, weighed, read back and scored on `test`.
-At the budgets of `--compare` the same policy is also trained by the fixed recipe (distillation 0.9 at temperature 4,
-cosine from 0.02), as many epochs and seeds. `--only cost` times steps: distilled against plain, and what goes on outside
-of forward and backward passes. Everything measured is kept in `--runs`, so that an ended benchmark goes on where it was.
-Prints tables and ends with one JSON line.
+For each budget the package's own search (`--epochs` in the last rung) finds a policy and a recipe on `val`. Its pick
+is then trained again with `--seeds` training seeds; each time the file is written, weighed, read back and scored on
+`test`. At the budgets of `--compare` the same policy is also trained by the fixed recipe (distillation 0.9 at
+temperature 4, cosine from 0.02), as many epochs and seeds. `--only cost` times steps: distilled against plain, and what
+goes on outside of forward and backward passes. Everything measured is kept in `--runs`, so that an ended benchmark goes
+on where it was. Prints tables and ends with one JSON line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
 from time import perf_counter
@@ -135,7 +135,9 @@ def accuracies(bench: Bench, budgets: Sequence[float], compare: Sequence[float])
         policy = picked.evaluation.policy
         before = evaluator(policy.without_recovery()).measurement
         assert before is not None
-        print(f"{budget:g}%: {outcome.evaluations} evaluations in {outcome.seconds:.0f} s; {policy.recovery}", flush=True)
+        print(
+            f"{budget:g}%: {outcome.evaluations} evaluations in {outcome.seconds:.0f} s; {policy.recovery}", flush=True
+        )
         ours = [trained(bench, evaluator, policy, seed) for seed in range(bench.seeds)]
         lines.append(row(budget, "searched", limit, before.quality, ours))
         reached[f"{budget:g}%"] = round(mean(f.test for f in ours), 4)
@@ -208,7 +210,7 @@ def timed(evaluator: Evaluator, policy: Policy, turn: int) -> float:
     """Seconds per step, from the first to the last step of one training."""
     marks: list[float] = []
     compress(evaluator.bench, policy, lambda *_: marks.append(perf_counter()), seed=turn)
-    steps = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(marks)]
     return sum(steps[WARM_UP:]) / len(steps[WARM_UP:])
 
 
@@ -232,7 +234,7 @@ def bare(evaluator: Evaluator) -> float:
         p.requires_grad_(False)
     student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     student.eval()
-    steps = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(marks)]
     return sum(steps[WARM_UP:]) / len(steps[WARM_UP:])
 
 
@@ -266,9 +268,7 @@ def main() -> None:
         parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(sorted(unknown))}")
     torch.set_num_threads(given.threads)
     given.runs.mkdir(parents=True, exist_ok=True)
-    bench = Bench(
-        given.data, given.checkpoint, given.runs, given.epochs, given.seeds, given.trials, given.recoveries
-    )
+    bench = Bench(given.data, given.checkpoint, given.runs, given.epochs, given.seeds, given.trials, given.recoveries)
     print(f"{given.threads} thread(s), load {os.getloadavg()[0]:.1f}", flush=True)
     print(json.dumps(measured(bench, given, wanted)))
 

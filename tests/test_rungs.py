@@ -22,8 +22,8 @@ from autocompress.rungs import (
     at_epochs,
     counts,
     duration_text,
-    farthest,
     ladder,
+    next_start,
     next_step,
     plan_text,
     promotable,
@@ -159,13 +159,13 @@ def test_same_decision_whatever_the_recipe_of_the_rest() -> None:
 # --- who starts ---
 
 
-def test_starts_at_the_largest_then_the_smallest_then_in_the_largest_gap() -> None:
+def test_every_other_start_is_at_the_budget_and_the_others_fill_the_front() -> None:
     sizes = [100, 200, 300, 400, 800, 1600]
     started: list[int] = []
     while len(started) < len(sizes):
         waiting = [s for s in sizes if s not in started]
-        started.append(waiting[farthest(waiting, started)])
-    assert started == [1600, 100, 400, 800, 200, 300]
+        started.append(waiting[next_start(waiting, started)])
+    assert started == [1600, 100, 800, 300, 400, 200]
 
 
 def trial(number: int, size: int, loss: float, rung: int = 0, status: str = "ok", **recovery: float) -> Trial:

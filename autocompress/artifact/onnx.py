@@ -72,8 +72,8 @@ class Exported:
     """A network's skeleton, which holds the model's own tensors, and the structure of what it returns.
 
     `general` says whether it computes with whatever tensors it is filled with. Not so where the exporter computed with
-    their values, as with the weights of an LSTM: then it stands for the exported model only. `plain` is the model as the
-    exporter leaves it, in single precision: what its user would run without this package.
+    their values, as with the weights of an LSTM: then it stands for the exported model only. `plain` is the model as
+    the exporter leaves it, in single precision: what its user would run without this package.
     """
 
     skeleton: Skeleton
