@@ -56,6 +56,15 @@ class Removed(nn.Module):
         """The module that comes back with the channels."""
         return self._place[0]
 
+    def __getattr__(self, name: str) -> Any:
+        """What a model's code asks of the module itself, as its stride."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_place":  # not there yet while a copy is made
+                raise
+            return getattr(self._place[0], name)
+
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """`x` (..., channels, positions ...), or (..., channels) for a linear layer."""
         layer, bias = self.original, self._parameters.get("bias")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from autocompress.errors import AutocompressError
 from autocompress.front import Trial
 from autocompress.journal import Journal
 from autocompress.policy import Recovery
-from autocompress.report.plots import front_figure, front_png
-from autocompress.report.tables import COLUMNS, Run, recipe_text, summary, table
+from autocompress.report.plots import front_figure, front_png, policy_figure
+from autocompress.report.tables import COLUMNS, Run, recipe_text, row, summary, table
 from autocompress.report.write import write_report
 from autocompress.trial import Budget
 
@@ -66,6 +67,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
         world = World(tmp_path_factory.mktemp("finished")).install(patch)
         world.search()
         return write_report(world.run)
+
+
+def test_removed_layers_say_so_and_have_no_bits(finished: Run) -> None:
+    assert [layer["groups"] for layer in finished.layers] == [["conv1"], ["conv1", "conv2"], ["conv2"]]
+    trial = finished.front[0]
+    policy = replace(trial.evaluation.policy, keep={"conv1": 0.0})
+    gone = replace(trial, evaluation=replace(trial.evaluation, policy=policy))
+    for one, marks in ((trial, ["", "", ""]), (gone, [" (removed)", " (removed)", ""])):
+        bits = policy_figure(finished, one, None).data[0]
+        assert list(bits.x) == [layer["name"] + mark for layer, mark in zip(finished.layers, marks, strict=True)]
+        assert [value == 0 for value in bits.y] == [bool(mark) for mark in marks]
 
 
 # --- any state of a run ---

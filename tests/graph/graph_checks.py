@@ -151,7 +151,8 @@ def stored_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor that a file must hold: tied weights once, step counters not at all."""
     found, seen = {}, set()
     for name, value in model.state_dict().items():
-        if value.data_ptr() not in seen and not name.endswith("num_batches_tracked"):
+        fresh = value.data_ptr() not in seen or not value.numel()  # nothing lies at 0
+        if fresh and not name.endswith("num_batches_tracked"):
             seen.add(value.data_ptr())
             found[name] = tuple(value.shape)
     return found
@@ -204,6 +205,10 @@ def check_graph(model: nn.Module, inputs: Any, graph: Graph, ratio: float = 0.5,
     for name in kept:  # each alone, so that no group's mistake hides behind another's
         one = {name: kept[name]}
         assert_same(outputs(pruned(model, graph, one), inputs), silenced(model, graph, one, inputs))
+    gone = {g.name: torch.zeros(0, dtype=torch.long) for g in graph.prunable if g.removable}
+    for removed in (*({name: none} for name, none in gone.items()), gone, {**kept, **gone}):
+        assert_same(outputs(pruned(model, graph, removed), inputs), silenced(model, graph, removed, inputs))
+    _check_plan(pruned(model, graph, gone), inputs, graph, Policy(keep=dict.fromkeys(gone, 0.0)))
     small = pruned(model, graph, kept)
     assert_same(outputs(small, inputs), silenced(model, graph, kept, inputs))
     assert_same(outputs(folded(small, graph), inputs), outputs(small, inputs))
