@@ -220,9 +220,13 @@ class Space:
     A point is a mapping from parameter name to value: an index for `Ordered`, the value itself otherwise.
     """
 
-    def __init__(self, file: SpaceFile, graph: Graph, *, integers: bool = False) -> None:
-        """`integers` says whether what ships can run on integer kernels; otherwise activations are floats."""
+    def __init__(self, file: SpaceFile, graph: Graph, *, integers: bool = False, branches: bool = True) -> None:
+        """`integers` says whether what ships can run on integer kernels; otherwise activations are floats.
+
+        `branches` says whether a keep ratio of 0 counts: bytes alone are saved by bits and zeros.
+        """
         self.file, self.graph = file, graph
+        self.branches = branches
         self.floats: tuple[str, ...] = ()
         """Layers that keep float kernels among integer ones: where that measures faster."""
         self.activations: tuple[int, ...] = tuple(dict.fromkeys(file.layers.activations)) if integers else (32,)
@@ -249,7 +253,7 @@ class Space:
     def _ratios(self, group: Group) -> tuple[float, ...]:
         """Keep ratios snapped to whole channels, or multiples of them where a convolution makes or reads them.
 
-        0 counts for a group that can be removed; another that has no ratio beside it stays whole.
+        0 counts for a group that can be removed, if branches may; another that has no ratio beside it stays whole.
         """
         ratios, channels = self.file.channels.keep, group.channels
         for override in self.file.override:
@@ -258,7 +262,7 @@ class Space:
         convolutions = {layer.weight for layer in self.graph.layers if layer.kind.startswith("conv")}
         convolved = any(member.tensor in convolutions for member in group.members)
         step = self.file.channels.multiple_of if convolved else 1
-        some = [r for r in ratios if r > 0 or group.removable] or [1.0]
+        some = [r for r in ratios if r > 0 or (group.removable and self.branches)] or [1.0]
         wide = {1.0: channels, 0.0: 0}
         counts = {wide.get(r, min(channels, max(step, round(r * channels / step) * step))) for r in some}
         return tuple(sorted(count / channels for count in counts))
@@ -394,7 +398,7 @@ class Space:
         for name in self.bits:
             point[f"bits/{name}"] = _nearest(self.bits[name], bits)
             point[f"sparsity/{name}"] = _nearest(self.sparsity[name], sparsity)
-        point |= {f"keep/{name}": _nearest(ratios, keep) for name, ratios in self.keep.items()}
+        point |= {f"keep/{name}": _nearest_width(ratios, keep) for name, ratios in self.keep.items()}
         return self.decode(point)
 
     def smallest(self) -> Policy:
@@ -498,6 +502,11 @@ def _distinct(values: Sequence[Value]) -> tuple[Value, ...]:
 
 def _nearest(values: tuple[float, ...], wanted: float) -> int:
     return min(range(len(values)), key=lambda i: abs(values[i] - wanted))
+
+
+def _nearest_width(ratios: tuple[float, ...], wanted: float) -> int:
+    """The nearest ratio; a branch is removed only where that is wanted, or all there is."""
+    return max(range(len(ratios)), key=lambda i: (wanted == 0 or ratios[i] > 0, -abs(ratios[i] - wanted)))
 
 
 def _index(parameter: Ordered, value: float) -> int:

@@ -584,8 +584,10 @@ def search(
         file = space if space is not None else load_space(settings.space)
     dense_ms = _dense_latency(folder) if resume else None
     evaluator = settings.evaluator(dense_ms)
-    choices = Space(file, evaluator.graph, integers=settings.format == "onnx")
-    budget = Budget.resolve([Limit.parse(text) for text in settings.budgets], evaluator.dense)
+    limits = [Limit.parse(text) for text in settings.budgets]
+    hurried = any(limit.quantity != "bytes" for limit in limits)
+    choices = Space(file, evaluator.graph, integers=settings.format == "onnx", branches=hurried)
+    budget = Budget.resolve(limits, evaluator.dense)
     with_profile = needs_profile(settings.controller)
     _refuse_unreachable(choices, evaluator, budget, settings)
     folder.mkdir(parents=True, exist_ok=True)

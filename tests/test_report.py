@@ -16,7 +16,7 @@ from autocompress.front import Trial
 from autocompress.journal import Journal
 from autocompress.policy import Recovery
 from autocompress.report.plots import front_figure, front_png, policy_figure
-from autocompress.report.tables import COLUMNS, Run, recipe_text, row, summary, table
+from autocompress.report.tables import COLUMNS, Run, recipe_text, summary, table
 from autocompress.report.write import write_report
 from autocompress.trial import Budget
 

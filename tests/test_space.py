@@ -610,3 +610,17 @@ def test_section_bytes_add_up_to_what_the_file_takes(choice: LayerChoice) -> Non
     entries = {entry.name: entry.nbytes for entry in SIZE.header(policy).entries}
     for layer in GRAPH.layers:
         assert section_bytes(layer, shapes[layer.weight], choice) == entries[layer.weight]
+
+
+def test_a_branch_stays_where_only_bytes_count() -> None:
+    graph = replace(GRAPH, groups=tuple(replace(g, removable=g.name == "stem.conv") for g in GRAPH.groups))
+    file = parse_space("[channels]\nkeep = [0.0, 0.5, 1.0]\n", "branches.toml")
+    assert Space(file, graph).keep == {"stem.conv": (0.0, 0.5, 1.0), "body.conv": (0.5, 1.0)}
+    assert Space(file, graph, branches=False).keep == {"stem.conv": (0.5, 1.0), "body.conv": (0.5, 1.0)}
+
+
+@pytest.mark.parametrize(("wanted", "found"), [(0.0, 0.0), (0.1, 0.5), (0.25, 0.5), (0.5, 0.5), (0.9, 1.0)])
+def test_a_uniform_width_removes_a_branch_only_where_it_is_asked_to(wanted: float, found: float) -> None:
+    graph = replace(GRAPH, groups=tuple(replace(g, removable=g.name == "stem.conv") for g in GRAPH.groups))
+    space = Space(parse_space("[channels]\nkeep = [0.0, 0.5, 1.0]\n", "branches.toml"), graph)
+    assert space.uniform(keep=wanted).keep["stem.conv"] == found
