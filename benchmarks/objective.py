@@ -1,6 +1,6 @@
 """Whether lowering what a search lowers also raises the accuracy on `test`.
 
-    python benchmarks/objective.py RUN [RUN ...]
+    python benchmarks/objective.py RUN [RUN ...] [--data DIR --checkpoint FILE]
 
 A search lowers the screened loss of the best policy within a size, over its whole course. So for `--limits` sizes,
 evenly in log bytes from the budget down, this takes the policy with the least screened loss after the solver's own
@@ -19,8 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +52,9 @@ class Scored:
 class Scores:
     """Each policy of a run, scored once."""
 
-    def __init__(self, run: Run) -> None:
-        task = run.settings.load_task()
+    def __init__(self, run: Run, elsewhere: Mapping[str, str]) -> None:
+        """`elsewhere` names data and checkpoint where they are not where the run found them."""
+        task = replace(run.settings, **elsewhere).load_task()
         if not isinstance(task, ClassificationTask):
             raise SystemExit(f"the task {task.name!r} is no ClassificationTask: nothing is right or wrong there")
         self._task, self._evaluator = task, Evaluator(task, seed=run.settings.seed)
@@ -176,11 +177,14 @@ def main() -> None:
     parser.add_argument("--limits", type=int, default=6, help="sizes at which the course of a search is followed")
     parser.add_argument("--first", type=int, default=SEEDS, help="trials that come before the search learns")
     parser.add_argument("--policies", type=int, default=12, help="candidates next to the budget of the first run")
+    parser.add_argument("--data", help="folder of the task's data, if it has moved since the run")
+    parser.add_argument("--checkpoint", help="the model's checkpoint, if it has moved since the run")
     given = parser.parse_args()
+    elsewhere = {name: value for name in ("data", "checkpoint") if (value := getattr(given, name)) is not None}
     runs = [Run.read(folder) for folder in given.runs]
     course, beside = [], []
     for run in runs:
-        scores = Scores(run)
+        scores = Scores(run, elsewhere)
         for found in courses(run, given.limits, given.first):
             course.append([(trial, scores(trial)) for trial in found])
             distinct = list({trial.number: (trial, scored) for trial, scored in course[-1]}.values())
