@@ -96,8 +96,9 @@ def next_step(members: Sequence[Member], rungs: int, starts: int) -> Step | None
 def promotable(members: Sequence[Member], rung: int) -> Member | None:
     """Who climbs from `rung` next: half may, rounded up; while some still run, half of those done, rounded down.
 
-    Best is the lowest non-dominated rank, then the largest hypervolume contribution. But of members of about the same
-    size only one climbs before those of other sizes did.
+    First the best quality, which is what a search is asked for. Then the lowest non-dominated rank, and of equals the
+    largest hypervolume contribution; but of members of about the same size only one climbs before those of other sizes
+    did.
     """
     here = [m for m in members if m.rung == rung]
     climbed = {m.identity for m in members if m.rung == rung + 1}
@@ -108,8 +109,9 @@ def promotable(members: Sequence[Member], rung: int) -> Member | None:
     fit = [(m, m.point) for m in done if m.point is not None]
     merits = _merits([point for _, point in fit])
     sizes = [point[1] for m, point in fit if m.identity in climbed]
+    best = min((point for _, point in fit), default=None)
     waiting = [
-        (_crowd(point[1], sizes), *merit, i)
+        (point != best, _crowd(point[1], sizes), *merit, i)
         for i, ((m, point), merit) in enumerate(zip(fit, merits, strict=True))
         if m.identity not in climbed
     ]

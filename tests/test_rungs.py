@@ -112,12 +112,16 @@ def test_no_member_that_another_dominates_climbs_before_one_of_the_front() -> No
         assert not any(dominates(p, chosen.point) for p in points)
 
 
-def test_of_the_front_the_largest_hypervolume_contribution_climbs_first() -> None:
+def test_the_best_quality_climbs_first_and_then_the_largest_hypervolume_contribution() -> None:
     """Areas by hand: sizes double, so equal widths; the second one lowers the loss most."""
     points = [(1.0, 100.0), (0.2, 200.0), (0.15, 400.0), (0.1, 800.0)]
-    chosen = promotable(members(*points), 1)
-    assert chosen is not None
-    assert chosen.point == points[1]
+    here = members(*points)
+    first = promotable(here, 1)
+    assert first is not None
+    assert first.point == points[3]
+    second = promotable([*here, Member(at_epochs(first.policy, 2), 2, first.point)], 1)
+    assert second is not None
+    assert second.point == points[1]
 
 
 def test_of_the_same_size_only_one_climbs_before_others_did() -> None:
