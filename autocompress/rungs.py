@@ -24,7 +24,7 @@ NEAR_SIZE, NEAR_LOSS = 0.03, 1.05
 STAYS = 0.5
 """Share of first trainings that take the front member itself, where it has neighbours."""
 TRAINING_ROOM = 0.01
-"""Share of a byte budget that who is trained leaves free, where the front has such members: codes change."""
+"""Share of a byte budget that who is trained first leaves free, where the front has such members: codes change."""
 MARGIN = 0.1
 """How far beyond the worst members the reference point of the hypervolume lies, in spans of each objective."""
 
@@ -300,7 +300,19 @@ class Climb:
 
     def _has_room(self, trial: Trial) -> bool:
         limit = self.budget.bytes
-        return limit is None or trial.measured.bytes <= (1 - TRAINING_ROOM) * limit
+        return limit is None or trial.measured.bytes <= (1 - self.room()) * limit
+
+    def room(self) -> float:
+        """Share of a byte budget that who is trained leaves free: the most that trainings of this run have added."""
+        sizes = {t.evaluation.policy.key(): t.measured.bytes for t in self._shots()}
+        pairs = [
+            (t.measured.bytes, sizes[parent])
+            for t in self.trials
+            if t.evaluation.rung
+            and t.evaluation.status == "ok"
+            and (parent := t.evaluation.policy.without_recovery().key()) in sizes
+        ]
+        return max((max(0.0, after / before - 1) for after, before in pairs), default=TRAINING_ROOM)
 
     def _started(self) -> list[Trial]:
         keys = {m.policy.without_recovery().key() for m in self.members()}

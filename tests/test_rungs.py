@@ -231,3 +231,12 @@ def test_front_members_with_room_for_what_training_adds_go_first() -> None:
     full = Climb(shots[2:], Budget(bytes=1000), "max", (1,), 5)
     assert [t.number for t in full.untried()] == [2]
     assert rungs.TRAINING_ROOM == 0.01
+
+
+@pytest.mark.parametrize(("after", "room", "waiting"), [(90, 0.0, [1, 2]), (104, 0.04, []), (101, 0.01, [1])])
+def test_room_is_what_trainings_have_added(after: int, room: float, waiting: list[int]) -> None:
+    shots = [trial(0, 100, 0.5), trial(1, 990, 0.3), trial(2, 998, 0.2)]
+    done = replace(trial(3, after, 0.4, rung=1).evaluation, policy=at_epochs(shots[0].evaluation.policy, 1))
+    climbing = Climb([*shots, Trial(3, done)], Budget(bytes=1000), "max", (1,), 5)
+    assert climbing.room() == pytest.approx(room)
+    assert [t.number for t in climbing.untried()] == waiting
