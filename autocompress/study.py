@@ -39,7 +39,7 @@ from autocompress.lessons import Lesson, keep_lessons, lessons_of, read_lessons
 from autocompress.measure.latency_table import LatencyTable, read_table
 from autocompress.policy import Policy
 from autocompress.profile import Profile, measure, profile_key, with_groups
-from autocompress.rungs import Climb, Pace, at_epochs, ladder, plan_text
+from autocompress.rungs import TRAINING_ROOM, Climb, Pace, at_epochs, ladder, plan_text
 from autocompress.runners.local import LocalRunner, Runner
 from autocompress.space import Space, SpaceFile, load_space
 from autocompress.target import FORMATS, OnnxTarget, Place
@@ -608,7 +608,8 @@ def search(
         )
         timeout -= time.monotonic() - begun
         size = _size_of(evaluator)
-        controller = make_controller(settings.controller, choices, budget, size, settings.seed, profile, times)
+        asked = _with_room(budget, settings)
+        controller = make_controller(settings.controller, choices, asked, size, settings.seed, profile, times)
         learned = cache_folder() / "recovery" / f"{_digest_of(_identity(evaluator))}.json"
         controller.recovery.earlier = _earlier_lessons(settings, learned, journal)
 
@@ -633,6 +634,13 @@ def search(
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10  # kB to MiB on Linux
         journal.set_fact("peak_memory_mib", max(peak, journal.fact("peak_memory_mib") or 0))
         return outcome
+
+
+def _with_room(budget: Budget, settings: Settings) -> Budget:
+    """What controllers keep to: before recovery training, a little less than all bytes if it can make files longer."""
+    if budget.bytes is None or not settings.epochs or settings.format != "packed":
+        return budget
+    return replace(budget, bytes=math.floor((1 - TRAINING_ROOM) * budget.bytes))
 
 
 def _check_free(folder: Path) -> None:

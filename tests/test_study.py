@@ -221,6 +221,14 @@ def test_recovery_trains_front_members_from_the_budget_down_and_spread(
     assert max(b - a for a, b in pairwise(trained)) < 0.6 * span
 
 
+def test_proposals_leave_room_where_training_follows_that_can_make_files_longer(world: World) -> None:
+    def largest(epochs: int) -> int:
+        found = world.search(folder=world.run / str(epochs), trials=60, epochs=epochs)
+        return max(t.measured.bytes for t in found.trials if not t.evaluation.rung and t.evaluation.status == "ok")
+
+    assert largest(epochs=1) <= 0.99 * 1500 < largest(epochs=0) <= 1500
+
+
 def test_half_of_each_rung_climbs_with_the_same_recipe_and_more_epochs(world: World) -> None:
     found = world.search(trials=60, epochs=4)
     by_rung = {r: [t.evaluation.policy for t in found.trials if t.evaluation.rung == r] for r in (1, 2, 3)}
