@@ -57,6 +57,10 @@ FAR = 0.5
 """What an octave of epochs or bytes away from where a proposal is for costs a lesson, in standard deviations."""
 
 
+Worth = tuple[float, dict[str, Value]]
+"""What a recipe was worth, lower is better, and the recipe as a point."""
+
+
 def distribution(parameter: Parameter) -> BaseDistribution:
     """Ordered choices become integer indices, so that samplers see their order."""
     if isinstance(parameter, Ordered):
@@ -96,10 +100,12 @@ class RecoveryProposer:
     def propose(self, parent: Policy, epochs: int, share: float, seed: int) -> Policy:
         """`parent` with `epochs` of recovery training; its file takes about `share` of the dense bytes."""
         choices = self._distributions()
+        worth = self._worth(choices, epochs, share)
         new = (r for r in self._recipes(choices) if not any(_taken(r, choices, known) for known in self._known()))
-        point = next(new, None)
-        if point is None:
-            point = self._learned(choices, epochs, share, seed)
+        point = (
+            None if self._tried or not worth else _best(worth)
+        )  # what earlier searches found goes before new recipes
+        point = point or next(new, None) or self._learned(choices, worth, seed)
         policy = self._space.with_recovery(parent, point, epochs)
         self._tried.append(policy.recovery)  # another worker may ask before this one is told
         return policy
@@ -126,23 +132,28 @@ class RecoveryProposer:
                 found.append(recipe)
         return found
 
-    def _learned(
-        self, choices: Mapping[Parameter, BaseDistribution], epochs: int, share: float, seed: int
-    ) -> dict[str, Value]:
-        """The recipe that was worth most for such a place, or a draw of the TPE; of its prior without lessons."""
+    def _worth(self, choices: Mapping[Parameter, BaseDistribution], epochs: int, share: float) -> list[Worth]:
+        """All lessons within what is open, and what they were worth for such a place."""
         lessons = [*self.earlier, *self.lessons]
         points = [_point(lesson.recovery, choices) for lesson in lessons]
         fit = [(lesson, point) for lesson, point in zip(lessons, points, strict=True) if point is not None]
         worths = _worths([lesson for lesson, _ in fit], epochs, share)
-        known = [(worth, point) for worth, (_, point) in zip(worths, fit, strict=True)]
-        if known and Random(seed).random() < AGAIN:
-            return min(known, key=lambda k: k[0])[1]
-        return _sampled(known, {p.name: choice for p, choice in choices.items()}, seed)
+        return [(worth, point) for worth, (_, point) in zip(worths, fit, strict=True)]
+
+    def _learned(
+        self, choices: Mapping[Parameter, BaseDistribution], worth: Sequence[Worth], seed: int
+    ) -> dict[str, Value]:
+        """The recipe that was worth most for such a place, or a draw of the TPE; of its prior without lessons."""
+        if worth and Random(seed).random() < AGAIN:
+            return _best(worth)
+        return _sampled(worth, {p.name: choice for p, choice in choices.items()}, seed)
 
 
-def _sampled(
-    known: Sequence[tuple[float, dict[str, Value]]], choices: dict[str, BaseDistribution], seed: int
-) -> dict[str, Value]:
+def _best(worth: Sequence[Worth]) -> dict[str, Value]:
+    return min(worth, key=lambda known: known[0])[1]
+
+
+def _sampled(known: Sequence[Worth], choices: dict[str, BaseDistribution], seed: int) -> dict[str, Value]:
     """A draw of a multivariate TPE that knows what points were worth."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
