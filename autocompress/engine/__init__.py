@@ -53,7 +53,7 @@ DATABASE_INPUTS = 1024
 NARROW_MODELS = 3
 """Models of certain widths that stay in memory, with the statistics of their layers."""
 _CACHE_BYTES = 512 * 2**20
-_TRAINING_VERSION = 1
+_TRAINING_VERSION = 2
 """Rises when training changes, so that a checkpoint of the old one is not continued."""
 
 Widths = tuple[Any, ...]
@@ -405,13 +405,14 @@ def _recover(
     bench: Workbench, policy: Policy, parent: OneShot, course: Course, path: Path | None
 ) -> tuple[dict[str, Tensor], dict[str, Stored]]:
     """All tensors after recovery training, and the compressed weights on the grids that they were trained on."""
-    # training goes on from solutions that make up for one another; a plainly rounded weight starts from its
-    # dense value, since the remainder says which way to go
-    start = {**parent.state, **{name: parent.weights[name].dense() for name in parent.compensated}}
+    constraints = {name: _constraint(stored) for name, stored in parent.weights.items()}
+    start = dict(parent.state)  # a plainly rounded weight starts from its dense value, which rounds to what is stored
+    for name in parent.compensated:
+        start[name] = constraints[name].toward(parent.weights[name].dense(), parent.state[name])
     if path is not None:
         course = replace(course, checkpoint=Checkpoint(path, _identity(bench, policy, course, start)))
     student = bench.student(start)
-    constraints = train(student, bench.told, {n: _constraint(s) for n, s in parent.weights.items()}, course)
+    constraints = train(student, bench.told, constraints, course)
     state = {n: v.detach().cpu().clone() for n, v in student.state_dict().items() if isinstance(v, Tensor)}
     weights = dict(parent.weights)
     for layer, choice in bench.graph.choices(policy):

@@ -16,6 +16,9 @@ from torch import Tensor
 from autocompress.engine.quantize import Grid
 from autocompress.stored import round_to_half
 
+MOST_OFFSET = 0.45
+"""How far from its grid point, in steps of the grid, a weight may start to train: it still rounds to that point."""
+
 
 @dataclass(frozen=True, eq=False)
 class Constraint:
@@ -42,6 +45,19 @@ class Constraint:
             return (self.rows(self.grid.scale, weight) * self.steps(position)).to(weight.dtype)
         pruned = weight.float() if self._kept is None else weight.float() * self._kept
         return (round_to_half(pruned) if self.half else pruned).to(weight.dtype)
+
+    def toward(self, stored: Tensor, wanted: Tensor) -> Tensor:
+        """A weight that is stored as `stored`, and as near to `wanted` as that allows: where training starts.
+
+        From the grid points themselves hardly a code would change: in one epoch a weight moves by much less than half
+        of a step of two bits. The remainder says which way it should go first.
+        """
+        if self.grid is None:
+            return stored
+        step = self.grid.scale.abs() * (2 if self.grid.bits == 1 else 1)  # one bit has no code between plus and minus
+        most = self.rows(MOST_OFFSET * step, stored)
+        offset = torch.minimum(torch.maximum(wanted.float() - stored, -most), most)
+        return stored + (offset if self._kept is None else offset * self._kept)
 
     def positions(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Unpruned weights in units of their row's scale; a scale of 0 has all of them at 0."""

@@ -137,3 +137,28 @@ def test_a_weight_on_its_outermost_code_still_moves() -> None:
     grid = Grid(torch.tensor([0.5]), torch.tensor([2.0]), 2, True)
     by_weight, _ = gradients(Constraint(None, grid), torch.tensor([[-1.0, 0.5, 0.6]]), grid.scale, torch.ones(1, 3))
     assert by_weight.tolist() == [[1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("bits", "scheme"), GRIDS)
+def test_training_starts_on_the_stored_codes_but_nearer_to_the_dense_weight(
+    bits: int, scheme: str, masked: bool
+) -> None:
+    dense = draw(3, 6, 5, 3, 3)
+    constraint = Constraint(magnitude_mask(dense, 100) if masked else None, grid_of(dense, bits, scheme))
+    stored = constraint.stored(dense + 0.5 * draw(4, 6, 5, 3, 3))  # as compensation moves codes away from the nearest
+    start = constraint.toward(stored, dense)
+    torch.testing.assert_close(constraint.stored(start), stored, rtol=0, atol=0)
+    kept = torch.ones_like(dense, dtype=torch.bool) if constraint.mask is None else constraint.mask
+    far = kept & ((dense - stored).abs() > 1e-6)
+    assert bool(((start - dense).abs() < (stored - dense).abs())[far].all())
+    assert bool((start == stored)[~kept].all())
+    assert constraint.grid is not None
+    near = far & ((dense - stored).abs() < 0.4 * constraint.rows(constraint.grid.scale.abs(), dense))
+    torch.testing.assert_close(start[near], dense[near])
+
+
+def test_training_starts_from_halves_as_they_are_stored() -> None:
+    constraint = Constraint(None, None, half=True)
+    stored = constraint.stored(draw(5, 4, 3))
+    assert constraint.toward(stored, draw(5, 4, 3)) is stored
