@@ -42,9 +42,9 @@ USUAL: dict[str, Value] = {
 """A recipe that is good for most models."""
 RECIPES: tuple[dict[str, Value], ...] = (
     {"distill_weight": 1.0},
-    {},
-    {"distill_weight": 1.0, "scales": "learned", "ema": 0.99},
     {"distill_weight": 1.0, "lr": 0.04, "decay": "one-cycle", "warmup": 0.1},
+    {"distill_weight": 1.0, "scales": "learned", "ema": 0.99},
+    {},
     {"distill_weight": 1.0, "gradient": "centralise", "lr": 0.01},
 )
 """What is tried first, each as a change of `USUAL`, as far as the space allows it."""
