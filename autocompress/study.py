@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autocompress.controllers.base import Controller
 from autocompress.controllers.optuna_samplers import Predict, mix
@@ -43,7 +43,7 @@ from autocompress.rungs import TRAINING_ROOM, Climb, Pace, at_epochs, ladder, pl
 from autocompress.runners.local import LocalRunner, Runner
 from autocompress.space import Space, SpaceFile, load_space
 from autocompress.target import FORMATS, OnnxTarget, Place
-from autocompress.task import Task, load_task
+from autocompress.task import Task, details, load_task
 from autocompress.trial import Budget, Evaluation, Limit, Measurement
 
 CONFIG = "config.json"
@@ -253,8 +253,9 @@ class Study:
     def _settle(self, evaluation: Evaluation) -> None:
         """Write a result, then learn from it."""
         number = len(self.trials)
-        self._journal.finish(number, evaluation, self.total_seconds)
-        trial = Trial(number, evaluation)
+        at = round(self.total_seconds, 3)
+        self._journal.finish(number, evaluation, at)
+        trial = Trial(number, evaluation, at=at)
         self.trials.append(trial)
         self._remember(trial)
         self._controller.tell(evaluation)
@@ -478,6 +479,18 @@ class Study:
         if math.isnan(test):
             test = float(self.evaluator.task.score(artifact.model, "test"))
         self._finish(replace(self.trials[trial.number], quality_test=test, artifact=name))
+        self._detail(trial.number, artifact.model)
+
+    def _detail(self, number: int, model: nn.Module) -> None:
+        """Write what the task says of a front member beyond its metric, and once of the original."""
+        task, known = self.evaluator.task, self._journal.fact("details") or {"trials": {}}
+        try:
+            if found := details(task, model, "val"):
+                known.setdefault("dense", details(task, self.evaluator.bench.teacher, "val"))
+                known["trials"][str(number)] = found
+                self._journal.set_fact("details", known)
+        except Exception as error:  # whatever the user's code raises: the search does without
+            self.warn(f"the task's details() raised {type(error).__name__}: {' '.join(str(error).split())}")
 
     def _holds(self, trial: Trial, path: Path) -> bool:
         """Time the file again, alone; whether it is still within the latency budget."""
