@@ -164,6 +164,11 @@ class Journal:
             (_null(quality_test), artifact, _null(final_ms), number),
         )
 
+    def dates(self) -> tuple[str, str] | None:
+        """When the first and the last trial were finished, in UTC; None before there is one."""
+        first, last = self._db.execute(_DATES).fetchone()
+        return None if first is None else (str(first), str(last))
+
     def trials(self) -> list[Trial]:
         """Finished trials, in order."""
         rows = self._db.execute(
@@ -174,6 +179,9 @@ class Journal:
             return [_trial(*row) for row in rows]
         except (KeyError, TypeError, ValueError, AttributeError, AutocompressError) as error:
             raise RunError(f"the journal holds a row that cannot be read: {error}") from error
+
+
+_DATES = "SELECT MIN(finished), MAX(finished) FROM trials WHERE finished IS NOT NULL"
 
 
 def _null(value: float) -> float | None:
