@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from autocompress.errors import AutocompressError, BudgetError, RunError
+from autocompress.live import watching
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from autocompress.evaluate import Evaluator
@@ -152,6 +153,7 @@ def search(
     Every feasible member of the front is a file that was written, read back and scored. A killed search continues
     with --resume; Ctrl-C ends it after the trial in flight, twice at once.
     """
+    from autocompress.baselines import read_baselines
     from autocompress.report.write import write_report
     from autocompress.space import load_space
     from autocompress.study import Settings, read_config
@@ -182,7 +184,7 @@ def search(
     folder = resume or out_dir or _default_folder(settings)
     seconds = math.inf if timeout is None else parse_time(timeout)
     command = shlex.join(["autocompress", *sys.argv[1:]])
-    with _progress() as watch, _graceful() as started:
+    with watching(err) as watch, _graceful() as interrupt:
         run_search(
             settings,
             folder,
@@ -191,10 +193,29 @@ def search(
             timeout=seconds,
             command=command,
             watch=watch,
-            started=started,
+            started=interrupt.arm,
         )
+        if interrupt.study is not None and not read_baselines(folder):
+            _measure_uniform(interrupt.study.evaluator, folder, watch, lambda: interrupt.stopped)
     run = write_report(folder)
     _conclude(run, as_json=as_json)
+
+
+def _measure_uniform(
+    evaluator: Evaluator, folder: Path, watch: Callable[[Progress], None], stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Uniform policies, measured beside a run for its report to compare with; they are no trials of it."""
+    from autocompress.baselines import measure_baselines
+    from autocompress.space import Space
+    from autocompress.study import Progress, read_config
+
+    settings, file, _ = read_config(folder)
+    space, begun = Space(file, evaluator.graph, integers=settings.format == "onnx"), time.monotonic()
+
+    def follow(done: int, total: int, name: str) -> None:
+        watch(Progress("comparing", done, total, done, 0, None, time.monotonic() - begun, None, name))
+
+    measure_baselines(evaluator, space, folder, follow, stopped)
 
 
 def _default_folder(settings: Settings) -> Path:
@@ -298,62 +319,35 @@ def _front_table(run: Run) -> Table:
     return shown
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    """A live line on a terminal; otherwise a plain line at most every ten seconds and at each change of stage."""
-    if err.is_terminal:
-        with err.status("loading the task", spinner="dots") as status:
+class _Interrupt:
+    """What Ctrl-C does to a study: the first ends it after the trial in flight, the second at once."""
 
-            def show(progress: Progress) -> None:
-                if progress.note:
-                    err.print(progress.note, markup=False, soft_wrap=True)
-                status.update(_glance(progress))
+    def __init__(self) -> None:
+        self.study: Study | None = None
 
-            yield show
-        return
-    err.print("loading the task")
-    last: tuple[str, float] = ("", -math.inf)
+    @property
+    def stopped(self) -> bool:
+        """Whether the study was stopped or ran out of time."""
+        return self.study is not None and self.study.over
 
-    def log(progress: Progress) -> None:
-        nonlocal last
-        if progress.note:
-            err.print(progress.note, markup=False, soft_wrap=True)
-        if progress.stage != last[0] or time.monotonic() - last[1] >= 10:
-            last = progress.stage, time.monotonic()
-            err.print(_glance(progress), soft_wrap=True, markup=True)
+    def arm(self, study: Study) -> None:
+        """From now on, Ctrl-C is about `study`."""
+        self.study = study
+        signal.signal(signal.SIGINT, self._first)
 
-    yield log
-
-
-def _glance(p: Progress) -> str:
-    best = "none yet"
-    if p.best is not None:
-        best = f"{p.best.measured.quality:.4f} at {p.best.measured.bytes:,} bytes"
-    detail = f" ({escape(p.detail)})" if p.detail else ""
-    left = "" if p.left is None else f" | about {p.left:.0f} s left"
-    if p.stage == "ablating":
-        return f"{p.stage} {p.done}/{p.total}{detail} | {p.seconds:.0f} s{left}"
-    return (
-        f"{p.stage} {p.done}/{p.total}{detail} | {p.evaluations} evaluations, {p.seconds:.0f} s | "
-        f"best in budget: {best} | front {p.front}{left}"
-    )
+    def _first(self, number: int, frame: object) -> None:  # noqa: ARG002
+        err.print("\nending after the trial in flight, then the report is written; Ctrl-C again stops at once")
+        assert self.study is not None
+        self.study.stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
-def _graceful() -> Iterator[Callable[[Study], None]]:
-    """Ctrl-C once ends after the trial in flight, twice at once."""
+def _graceful() -> Iterator[_Interrupt]:
+    """Inside, Ctrl-C may be armed; afterwards it is as it was."""
     previous = signal.getsignal(signal.SIGINT)
-
-    def arm(study: Study) -> None:
-        def first(number: int, frame: object) -> None:  # noqa: ARG001
-            err.print("\nending after the trial in flight; Ctrl-C again stops at once")
-            study.stop()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        signal.signal(signal.SIGINT, first)
-
     try:
-        yield arm
+        yield _Interrupt()
     finally:
         signal.signal(signal.SIGINT, previous)
 
@@ -384,7 +378,7 @@ def ablate(
     from autocompress.ablation import ablate as run_ablation
     from autocompress.report.tables import plain
 
-    with _progress() as watch:
+    with watching(err) as watch:
         found = run_ablation(run_folder, trial, seeds=seeds, epochs=epochs, out=output, watch=watch)
     out.print(_ablation_table(found))
     out.print(f"Written: {output or run_folder / f'ablation-trial-{trial}.md'}", soft_wrap=True, markup=False)
@@ -403,17 +397,43 @@ def _ablation_table(found: dict[str, Any]) -> Table:
     return shown
 
 
-@app.command(epilog=_examples("autocompress report runs/NAME"))
-def report(run_folder: RunFolder, as_json: Json = False) -> None:
-    """Write report.html, front.png, front.csv and trials.csv from a run's journal, even while it runs."""
+@app.command(epilog=_examples("autocompress report runs/NAME", "autocompress report runs/NAME --baselines"))
+def report(
+    run_folder: RunFolder,
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines",
+            help="First measure what to compare with: uniform policies, and a random search of as many trials.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write report.html, summary.md, front.png, front.svg, front.csv and trials.csv, even while a search runs."""
     from autocompress.report.tables import summary
     from autocompress.report.write import write_report
 
+    if baselines:
+        _measure_baselines(run_folder)
     run = write_report(run_folder)
     out.print(_front_table(run))
     out.print(f"Report: {run_folder / 'report.html'}", soft_wrap=True)
     if as_json:
         _print_json(summary(run))
+
+
+def _measure_baselines(folder: Path) -> None:
+    """Uniform policies again, and the random search beside a run, which goes on where it was."""
+    from autocompress.baselines import RANDOM
+    from autocompress.study import CONFIG, measuring, read_config
+    from autocompress.study import search as run_search
+
+    settings, file, _ = read_config(folder)
+    plain = replace(settings, controller="random", epochs=0)
+    with watching(err) as watch:
+        _measure_uniform(measuring(settings, folder), folder, watch)
+        resume = (folder / RANDOM / CONFIG).is_file()
+        run_search(plain, folder / RANDOM, resume=resume, space=None if resume else file, watch=watch)
 
 
 MaxSize = Annotated[str | None, typer.Option(help="At most this size: 1MB, 900KiB, size=10%.")]

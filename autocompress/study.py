@@ -131,7 +131,7 @@ class Settings:
 class Progress:
     """A glance at a running search. `best` is the best feasible trial so far; `left` seconds, None if unknown.
 
-    `note` is to be shown once, and to stay.
+    `note` is to be shown once, and to stay. `points` are (bytes, quality) of the front, `rising` if more is better.
     """
 
     stage: str
@@ -144,6 +144,8 @@ class Progress:
     left: float | None
     detail: str = ""
     note: str = ""
+    points: tuple[tuple[int, float], ...] = ()
+    rising: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,11 @@ class Study:
         self._stopped = True
 
     @property
+    def over(self) -> bool:
+        """Whether it was stopped, or its time is up."""
+        return self._stopped or self.seconds > self._timeout
+
+    @property
     def seconds(self) -> float:
         """Wall time of this call."""
         return time.monotonic() - self._start
@@ -238,8 +245,10 @@ class Study:
     def _say(self, stage: str, done: int, total: int, left: float | None, detail: str = "", *, note: str = "") -> None:
         """Tell the watcher; `left` seconds are bounded by the timeout."""
         left = None if left is None else min(left, max(0.0, self._timeout - self.seconds))
-        front, best = len(self.front()), self.best()
-        self._watch(Progress(stage, done, total, self.evaluated(), front, best, self.seconds, left, detail, note))
+        front, rising = self.front(), self.evaluator.task.direction == "max"
+        points = tuple((t.measured.bytes, t.measured.quality) for t in front)
+        told = Progress(stage, done, total, self.evaluated(), len(front), self.best(), self.seconds, left, detail, note)
+        self._watch(replace(told, points=points, rising=rising))
 
     def _remember(self, trial: Trial) -> None:
         evaluation = trial.evaluation

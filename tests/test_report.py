@@ -21,12 +21,12 @@ from autocompress.front import Trial
 from autocompress.journal import Journal
 from autocompress.policy import Recovery
 from autocompress.report.page import Layers
-from autocompress.report.plots import front_figure, front_png, policy_figure
+from autocompress.report.plots import front_figure, front_picture, policy_figure
 from autocompress.report.tables import COLUMNS, Run, recipe_text, summary, table
 from autocompress.report.write import write_report
 from autocompress.trial import Budget
 
-FILES = ("report.html", "front.png", "front.csv", "trials.csv")
+FILES = ("report.html", "front.png", "front.svg", "front.csv", "trials.csv", "summary.md")
 SCRIPT = "<script>alert(1)</script>"
 
 
@@ -376,7 +376,9 @@ def test_names_are_escaped_in_the_page_and_in_the_figures(world: World) -> None:
 def test_names_are_mere_text_in_the_picture(world: World, text: str) -> None:
     world.task = FakeTask(name=text, metric=text)
     world.search(task=text, trials=3, epochs=0)
-    assert front_png(Run.read(world.run)).startswith(b"\x89PNG")
+    run = Run.read(world.run)
+    assert front_picture(run).startswith(b"\x89PNG")
+    assert b"</svg>" in front_picture(run, "svg")
 
 
 def test_names_do_not_become_formulas_in_csv(world: World) -> None:

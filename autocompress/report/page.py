@@ -86,10 +86,10 @@ def render(run: Run) -> str:
     )
 
 
-def environment() -> Environment:
-    """Templates of the package, with every text escaped."""
+def environment(*, autoescape: bool = True) -> Environment:
+    """Templates of the package, with every text escaped as HTML unless the template does that itself."""
     found = Environment(
-        loader=PackageLoader("autocompress", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("autocompress", "report"), autoescape=autoescape, trim_blocks=True, lstrip_blocks=True
     )
     found.filters |= {
         "size": size_text,

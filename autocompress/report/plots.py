@@ -1,4 +1,4 @@
-"""Pictures of a run: the front for paper (`front.png`, matplotlib) and for the browser (Plotly figures)."""
+"""Pictures of a run: the front for paper (matplotlib) and for the browser (Plotly figures)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -33,75 +35,18 @@ class Bars(NamedTuple):
     after: list[float | None]
 
 
-def _ok(run: Run) -> list[Trial]:
-    return [t for t in run.trials if t.evaluation.status == "ok"]
-
-
-def front_png(run: Run, width: float = 7.0, height: float = 4.4, dpi: int = 150) -> bytes:
-    """The front as a PNG image."""
+def front_picture(run: Run, form: str = "png", width: float = 7.0, height: float = 4.4, dpi: int = 200) -> bytes:
+    """The front for paper, `png` or `svg`; sizes in inches. The same run gives the same bytes."""
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    ok, front = _ok(run), run.front
     low, high = quality_range(run)
-    shown = [t for t in ok if low <= t.measured.quality <= high]
-    axes.scatter(
-        [t.measured.bytes for t in shown],
-        [t.measured.quality for t in shown],
-        s=14,
-        color=GREY,
-        alpha=0.5,
-        linewidths=0,
-    )
-    axes.plot([t.measured.bytes for t in front], [t.measured.quality for t in front], "-", color=BLUE, lw=1.6, zorder=3)
-    for trained, marker in ((False, "o"), (True, "D")):
-        members = [t for t in front if bool(t.evaluation.rung) == trained]
-        axes.plot(
-            [t.measured.bytes for t in members],
-            [t.measured.quality for t in members],
-            marker,
-            ms=5.5,
-            color=BLUE,
-            mec="white",
-            mew=0.6,
-            zorder=4,
-        )
-    axes.plot(run.dense.bytes, run.dense.quality, "*", ms=13, color=GREEN, zorder=4)
-    axes.annotate(
-        "original",
-        (run.dense.bytes, run.dense.quality),
-        xytext=(-6, -13),
-        textcoords="offset points",
-        ha="right",
-        color=GREEN,
-    )
-    if run.budget.bytes is not None:
-        axes.axvline(run.budget.bytes, color=RED, lw=1, ls="--")
-        axes.annotate(
-            f"budget {size_text(run.budget.bytes)}",
-            (run.budget.bytes, low),
-            xytext=(-4, 4),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="bottom",
-            color=RED,
-        )
-    if run.picked is not None:
-        chosen = run.picked.measured
-        axes.plot(chosen.bytes, chosen.quality, "o", ms=13, mfc="none", mec=ORANGE, mew=2, zorder=5)
-        axes.annotate(
-            f"picked: {size_text(chosen.bytes)}, {chosen.quality:.4g}",
-            (chosen.bytes, chosen.quality),
-            xytext=(0, 11),
-            textcoords="offset points",
-            ha="center",
-            color="#A06000",
-        )
+    _paper_points(axes, run, low, high)
+    _paper_marks(axes, run, low)
     axes.set(
         xscale="log",
         ylim=(low, high + 0.08 * (high - low)),
-        xlabel="file size",
+        xlabel="file size (log scale)",
         ylabel=f"{_safe(run.metric)} on val",
         title=f"{_safe(run.task)}: smaller and better is {'up' if run.direction == 'max' else 'down'} and left",
     )
@@ -111,10 +56,54 @@ def front_png(run: Run, width: float = 7.0, height: float = 4.4, dpi: int = 150)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25, which="both")
     out = io.BytesIO()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "autocompress"}):
         warnings.simplefilter("ignore", UserWarning)  # a name in a script that the font lacks shows as boxes
-        figure.savefig(out, format="png")
+        figure.savefig(out, format=form, metadata={"Date": None} if form == "svg" else None)
     return out.getvalue()
+
+
+def _paper_points(axes: Axes, run: Run, low: float, high: float) -> None:
+    """Trials, the front with what it began from, and the uniform policies."""
+
+    def dots(trials: Sequence[Trial], marker: str, **style: Any) -> None:
+        axes.plot([t.measured.bytes for t in trials], [t.measured.quality for t in trials], marker, **style)
+
+    shown, _ = thinned(run)
+    near = [t for t in shown if low <= t.measured.quality <= high]
+    dots(near, "o", ms=3.5, color=GREY, alpha=0.5, mew=0, rasterized=True)
+    for t in run.front:
+        if (parent := run.parent(t)) is not None:
+            dots([parent, t], ":", color=ORANGE, lw=1.2, zorder=2)
+    dots(run.front, "-", color=BLUE, lw=1.6, zorder=3)
+    for trained, marker in ((False, "o"), (True, "D")):
+        members = [t for t in run.front if bool(t.evaluation.rung) == trained]
+        dots(members, marker, ms=5.5, color=BLUE, mec="white", mew=0.6, zorder=4)
+    for baseline in run.baselines:
+        m = baseline.measurement
+        if low <= m.quality <= high:
+            axes.plot(m.bytes, m.quality, "s", ms=5, color=PURPLE, zorder=3)
+            _beside(axes, baseline.name, (m.bytes, m.quality), (0, -11), PURPLE, fontsize=8)
+
+
+def _paper_marks(axes: Axes, run: Run, low: float) -> None:
+    """The original, the budget, and what was picked."""
+    axes.plot(run.dense.bytes, run.dense.quality, "*", ms=13, color=GREEN, zorder=4)
+    _beside(axes, "original", (run.dense.bytes, run.dense.quality), (0, -15), GREEN)
+    if run.budget.bytes is not None:
+        axes.axvline(run.budget.bytes, color=RED, lw=1, ls="--")
+        text = f"budget {size_text(run.budget.bytes)}"
+        _beside(axes, text, (run.budget.bytes, low), (-4, 4), RED, ha="right", rotation=90)
+    if run.picked is not None:
+        chosen = run.picked.measured
+        axes.plot(chosen.bytes, chosen.quality, "o", ms=13, mfc="none", mec=ORANGE, mew=2, zorder=5)
+        text = f"picked: {size_text(chosen.bytes)}, {chosen.quality:.4g}"
+        _beside(axes, text, (chosen.bytes, chosen.quality), (0, 11), "#A06000")
+
+
+def _beside(axes: Axes, text: str, at: tuple[float, float], offset: tuple[int, int], colour: str, **more: Any) -> None:
+    """Words at a place, moved by `offset` points."""
+    shown: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "color": colour, **more}
+    axes.annotate(_safe(text), at, xytext=offset, **shown)
 
 
 def _safe(text: str) -> str:
@@ -183,6 +172,8 @@ def front_figure(run: Run, x: str = "bytes") -> go.Figure:
     shown, counts = thinned(run)
     if run.random is not None:
         _cloud(figure, run.random, x)
+    taken = {(getattr(t.measured, x), t.measured.quality) for t in run.front}  # a click there means the front's
+    shown = [t for t in shown if (getattr(t.measured, x), t.measured.quality) not in taken]
     _points(
         figure, run, shown, x, "all trials", mode="markers",
         marker={"color": GREY, "size": [5 + 2 * math.log10(counts.get(t.number, 1)) for t in shown], "opacity": 0.45},
@@ -298,7 +289,7 @@ def _original(figure: go.Figure, run: Run, x: str) -> None:
             y=[run.dense.quality],
             mode="markers+text",
             text=["original"],
-            textposition="bottom left",
+            textposition="bottom center",
             textfont={"color": GREEN},
             name="original",
             hovertext=f"original<br>{run.dense.quality:.4f}<br>{run.dense.bytes:,} bytes",

@@ -42,7 +42,7 @@
       const shown = place.layout && place.layout[axis];
       if (shown && shown.range && figures[name].zoomed) { layout[axis].range = [...shown.range]; layout[axis].autorange = false; }
     }
-    Plotly.react(place, figures[name].data, layout, { displayModeBar: false, responsive: true, doubleClick: "autosize" });
+    Plotly.react(place, figures[name].data, layout, { displayModeBar: false, responsive: true, doubleClick: "reset" });
     if (drawn.has(name)) return;
     drawn.add(name);
     if (place.dataset.trials) place.on("plotly_click", (event) => {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -309,6 +310,13 @@ def _ablations(folder: Path) -> list[dict[str, Any]]:
     """What `autocompress ablate` found, by trial; what cannot be read is left out."""
     found = [read_ablation(path) for path in folder.glob("ablation-trial-*.json")]
     return sorted((summarise(a) for a in found if a is not None), key=lambda a: int(a["trial"]))
+
+
+def markdown(text: str) -> str:
+    """A text as it is, inside Markdown: on one line, and with nothing that marks up."""
+    line = " ".join(str(text).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]()#!|~$])", r"\\\1", line)
 
 
 def size_text(count: float) -> str:
