@@ -28,7 +28,7 @@ from autocompress.live import watching
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from autocompress.evaluate import Evaluator
-    from autocompress.front import Trial
+    from autocompress.front import Trial, Wish
     from autocompress.measure.latency import Latency
     from autocompress.report.tables import Run
     from autocompress.space import Space
@@ -236,9 +236,10 @@ def parse_time(text: str) -> float:
 
 
 def _conclude(run: Run, *, as_json: bool) -> None:
+    from autocompress.report.choice import front_table
     from autocompress.report.tables import size_text, summary
 
-    out.print(_front_table(run))
+    out.print(front_table(run))
     picked, nearest = run.picked, run.nearest
     if picked is not None:
         m = picked.measured
@@ -295,28 +296,6 @@ def _conclude(run: Run, *, as_json: bool) -> None:
         _print_json(summary(run))
     if picked is None:
         raise typer.Exit(3 if nearest is not None else 1)
-
-
-def _front_table(run: Run) -> Table:
-    title = f"Front of {run.task} under {run.budget}" if run.picked else f"Nothing fits {run.budget}"
-    shown = Table(title=escape(title), title_justify="left")
-    timed = run.budget.ms is not None
-    names = ["trial", f"{escape(run.metric)} val", "test", "bytes", "of original", "ms"]
-    for name in (*names, *(["predicted", "speed-up"] if timed else []), "before recovery"):
-        shown.add_column(name, justify="right")
-    for t in run.front:
-        m, before = t.measured, run.row(t)["quality_before"]
-        shown.add_row(
-            str(t.number),
-            f"{m.quality:.4f}",
-            "–" if math.isnan(t.quality_test) else f"{t.quality_test:.4f}",
-            f"{m.bytes:,}",
-            f"{m.bytes / run.dense.bytes:.1%}",
-            f"{m.latency_ms:.3g}",
-            *([f"{m.predicted_ms:.3g}", f"{run.dense.latency_ms / m.latency_ms:.2f}x"] if timed else []),
-            "" if math.isnan(before) else f"{before:.4f}",
-        )
-    return shown
 
 
 class _Interrupt:
@@ -410,13 +389,14 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write report.html, summary.md, front.png, front.svg, front.csv and trials.csv, even while a search runs."""
+    from autocompress.report.choice import front_table
     from autocompress.report.tables import summary
     from autocompress.report.write import write_report
 
     if baselines:
         _measure_baselines(run_folder)
     run = write_report(run_folder)
-    out.print(_front_table(run))
+    out.print(front_table(run))
     out.print(f"Report: {run_folder / 'report.html'}", soft_wrap=True)
     if as_json:
         _print_json(summary(run))
@@ -436,6 +416,57 @@ def _measure_baselines(folder: Path) -> None:
         run_search(plain, folder / RANDOM, resume=resume, space=None if resume else file, watch=watch)
 
 
+@app.command(
+    epilog=_examples(
+        "autocompress compare runs/A runs/B", "autocompress compare runs/solver runs/tpe runs/random --out compare.html"
+    )
+)
+def compare(
+    run_folders: Annotated[list[Path], typer.Argument(help="Run folders of the same model.", metavar="RUN...")],
+    output: Annotated[Path, typer.Option("--out", help="The page to write.", metavar="FILE")] = Path("compare.html"),
+    as_json: Json = False,
+) -> None:
+    """Lay the fronts of several runs of the same model over each other: which search found more, in what time?"""
+    from autocompress.report.compare import compare as compare_runs
+    from autocompress.report.compare import compare_table, read_runs, write_comparison
+
+    if output.suffix not in (".html", ".htm"):
+        raise RunError(f"{output} must end in .html")
+    runs = read_runs(run_folders)
+    rows = compare_runs(runs)
+    out.print(compare_table(runs, rows))
+    write_comparison(runs, rows, output)
+    out.print(f"Written: {output}", soft_wrap=True, markup=False)
+    if as_json:
+        _print_json({"page": str(output), "runs": rows})
+
+
+@app.command(epilog=_examples("autocompress dashboard runs/NAME", "autocompress dashboard runs/NAME --export-only"))
+def dashboard(
+    run_folder: RunFolder,
+    port: Annotated[int, typer.Option(help="Port of this machine.", min=1, max=65535)] = 8080,
+    browser: Annotated[bool, typer.Option(help="Open the page in the default browser.")] = True,
+    export_only: Annotated[
+        bool, typer.Option("--export-only", help="Write the Optuna storage, and show nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Export a run to an Optuna storage and open optuna-dashboard on it. Ctrl-C ends it.
+
+    Needs the extra `dashboard`: pip install 'autocompress[dashboard]'. The storage is a copy: the run stays as it is.
+    """
+    from autocompress.optuna_export import STORAGE, export_study, serve
+    from autocompress.report.tables import Run
+
+    path = run_folder / STORAGE
+    count = export_study(Run.read(run_folder), path)
+    out.print(f"{path}: {count} trials; optuna.load_study reads it with a JournalStorage", soft_wrap=True, markup=False)
+    if as_json:
+        _print_json({"storage": str(path), "trials": count})
+    if not export_only:
+        serve(path, port, browser=browser, say=lambda text: err.print(text, markup=False, soft_wrap=True))
+
+
 MaxSize = Annotated[str | None, typer.Option(help="At most this size: 1MB, 900KiB, size=10%.")]
 MaxLatency = Annotated[str | None, typer.Option(help="At most this latency: 2ms, latency=50%.")]
 MinQuality = Annotated[float | None, typer.Option(help="At least this quality on val; alone, the smallest such file.")]
@@ -452,8 +483,8 @@ def _choose(
     knee: bool,
     best: bool,
     trial: int | None,
-) -> Trial:
-    """The trial that the options of `pick` and `export` name."""
+) -> tuple[Trial, Wish]:
+    """The trial that the options of `pick` and `export` name, and what they ask for."""
     from autocompress.front import Wish, pick
     from autocompress.trial import Budget, Limit
 
@@ -468,13 +499,15 @@ def _choose(
     if (max_size is not None) != (budget.bytes is not None) or (max_latency is not None) != (budget.ms is not None):
         raise BudgetError("--max-size takes bytes and --max-latency takes time")
     wish = Wish(budget.bytes, budget.ms, min_quality, best, knee, trial)
-    return pick(run.trials, run.direction, wish, run.budget)
+    return pick(run.trials, run.direction, wish, run.budget), wish
 
 
 @app.command(
     name="pick",
     epilog=_examples(
-        "autocompress pick runs/NAME --max-size 1MB --min-quality 0.90", "autocompress pick runs/NAME --knee"
+        "autocompress pick runs/NAME --max-size 1MB --min-quality 0.90",
+        "autocompress pick runs/NAME --knee",
+        "autocompress pick runs/NAME --interactive",
     ),
 )
 def pick_(
@@ -485,38 +518,32 @@ def pick_(
     knee: Knee = False,
     best: Best = False,
     trial: TrialNumber = None,
+    interactive: Annotated[bool, typer.Option("--interactive", help="Walk along the front from there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Choose one trial of a run by limits, and say how to export it."""
+    """Choose one trial of a run by limits; say why it and not its neighbours, and how to export it."""
+    from autocompress.report.choice import explain, walk
     from autocompress.report.tables import Run, plain
 
     run = Run.read(run_folder)
-    chosen = _choose(run, max_size, max_latency, min_quality, knee, best, trial)
+    chosen, wish = _choose(run, max_size, max_latency, min_quality, knee, best, trial)
+    if interactive:
+        chosen = walk(run, chosen, out, lambda prompt: out.input(prompt, markup=False))
+        wish = replace(wish, trial=chosen.number)
     m = chosen.measured
     out.print(
         f"[bold]Trial {chosen.number}[/]: {m.bytes:,} bytes ({m.bytes / run.dense.bytes:.1%} of the original), "
         f"{escape(run.metric)} {m.quality:.4f} on val (original {run.dense.quality:.4f}), {m.latency_ms:.3g} ms "
         f"(original {run.dense.latency_ms:.3g})."
     )
-    out.print(_neighbours(run, chosen), soft_wrap=True)
+    for sentence in explain(run, chosen, wish):
+        out.print(sentence, soft_wrap=True, markup=False)
     command = f"autocompress export {shlex.quote(str(run_folder))} --trial {chosen.number}"
     out.print(f"{command} --format {run.settings.format}", soft_wrap=True)
     if as_json:
         _print_json(
             plain({"run": str(run_folder), **run.row(chosen), "policy_json": chosen.evaluation.policy.to_json()})
         )
-
-
-def _neighbours(run: Run, chosen: Trial) -> str:
-    """What the next smaller and next larger members of the front would give instead."""
-    smaller = [t for t in run.front if t.measured.bytes < chosen.measured.bytes][-1:]
-    larger = [t for t in run.front if t.measured.bytes > chosen.measured.bytes][:1]
-    said = [
-        f"the next {word} on the front, trial {t.number}, has {t.measured.bytes:,} bytes and {t.measured.quality:.4f}"
-        for word, found in (("smaller", smaller), ("larger", larger))
-        for t in found
-    ]
-    return ("; ".join(said) or "it is the only member of the front").capitalize() + "."
 
 
 @app.command(
@@ -546,7 +573,7 @@ def export(
     from autocompress.report.tables import Run
 
     run = Run.read(run_folder)
-    chosen = _choose(run, max_size, max_latency, min_quality, knee, best, trial)
+    chosen, _ = _choose(run, max_size, max_latency, min_quality, knee, best, trial)
     form = format_.value if format_ else run.settings.format
     suffix = {"packed": ".acz", "onnx": ".onnx"}[form]
     target = output or Path(f"{run_folder.resolve().name}-trial-{chosen.number}{suffix}")

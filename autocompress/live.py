@@ -129,7 +129,9 @@ class View:
         if p.detail:
             rows.add_row("", Text(p.detail, style="dim", overflow="ellipsis", no_wrap=True))
         if p.stage not in ("ablating", "comparing", "profiling", "timing layers"):
-            told = f"{p.evaluations} evaluations" + (f", {self.pace}" if str(self.pace) else "")
+            told = f"{p.evaluations} evaluation{'s' * (p.evaluations != 1)}" + (
+                f", {self.pace}" if str(self.pace) else ""
+            )
             rows.add_row("", told)
             rows.add_row("best in budget", Text(_best(p), style="bold green" if p.best is not None else ""))
             rows.add_row(f"front of {p.front}", self._front(p, plain=options.ascii_only))

@@ -75,10 +75,9 @@ def render(run: Run) -> str:
             rows=[run.row(trial) for trial in run.front] if shown else [],
             figures=figures,
             notes=notes,
-            data=_island({"figures": figures, **_data(run, shown, layers)}) if shown else "",
-            script=_source("report.js"),
-            style=_source("report.css"),
-            plotly=_plotly(),
+            data=island({"figures": figures, **_data(run, shown, layers)}) if shown else "",
+            script=source("report.js"),
+            **assets(),
             failures=[t for t in run.trials if t.evaluation.status == "failed"],
             config=json.dumps(run.config, indent=2),
             packages=" ".join(f"{name}=={version}" for name, version in _installable(run).items()),
@@ -110,11 +109,17 @@ def _plotly() -> Markup:
     return Markup(get_plotlyjs())
 
 
-def _source(name: str) -> Markup:
+def assets() -> dict[str, Markup]:
+    """What every page has in it."""
+    return {"style": source("report.css"), "charts": source("charts.js"), "plotly": _plotly()}
+
+
+def source(name: str) -> Markup:
+    """A file beside this one, as it is."""
     return Markup((resources.files("autocompress") / "report" / name).read_text(encoding="utf-8"))
 
 
-def _island(data: dict[str, Any]) -> Markup:
+def island(data: dict[str, Any]) -> Markup:
     """JSON inside a script element: without `<`, nothing in it ends that element or begins another."""
     text = json.dumps(plain(data), separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
@@ -317,7 +322,12 @@ def _figures(run: Run, shown: Trial, layers: Layers) -> tuple[dict[str, Any], di
     details = _details_of(run, shown)
     if details:
         found["details"] = details_figure(details[:SHOWN_DETAILS], shown.number)
-    return {name: json.loads(to_json(figure, validate=False)) for name, figure in found.items()}, notes
+    return as_json(found), notes
+
+
+def as_json(figures: dict[str, Any]) -> dict[str, Any]:
+    """Plotly's own JSON of each figure."""
+    return {name: json.loads(to_json(figure, validate=False)) for name, figure in figures.items()}
 
 
 def _with_curves(run: Run) -> list[Trial]:

@@ -25,6 +25,9 @@ from autocompress.report.tables import Run, size_text
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, RED, GREY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999", "#CC79A7"
 
+COLOURS = (BLUE, RED, GREEN, PURPLE, "#56B4E9", ORANGE)
+"""For several runs on one chart, in this order."""
+
 
 class Bars(NamedTuple):
     """A number a layer, in network order: bits (0 where it is gone), % zeros, % of channels, bytes in the file."""
@@ -217,8 +220,34 @@ def _axis_name(run: Run) -> str:
     return f"{html.escape(_shortened(run.metric))} on val ({better} is better)"
 
 
+def fronts_figure(runs: Sequence[Run], names: Sequence[str], x: str = "bytes") -> go.Figure:
+    """The fronts of several runs of a model, each named at its best member, in its colour."""
+    figure = _figure(470, hovermode="closest")
+    for run, name, colour in zip(runs, names, COLOURS, strict=False):
+        front = sorted(run.front, key=lambda t: getattr(t.measured, x))
+        shown = html.escape(_shortened(name, end=True))
+        _points(
+            figure, run, front, x, shown, mode="lines+markers" if x == "bytes" else "markers",
+            line={"color": colour, "width": 2}, marker={"color": colour, "size": 8},
+            text=[f"{shown}<br>{_hover(t, run)}" for t in front], hoverinfo="text",
+        )  # fmt: skip
+        end = front[-1].measured
+        side = {"xanchor": "left", "yanchor": "bottom" if run.direction == "max" else "top"}
+        _label(figure, math.log10(getattr(end, x)), end.quality, shown, colour, **side)
+    _original(figure, runs[0], x)
+    limits = {run.budget.bytes if x == "bytes" else run.budget.ms for run in runs}
+    for limit in sorted(limit for limit in limits if limit is not None):
+        figure.add_vline(x=limit, line={"color": GREY, "dash": "dash", "width": 1})
+    ranges = [quality_range(run) for run in runs]
+    titles = {"bytes": "file size, bytes (log)", "latency_ms": "latency, ms (log)"}
+    figure.update_xaxes(type="log", title=titles[x], **(_SIZE_TICKS if x == "bytes" else {}))
+    figure.update_yaxes(title=_axis_name(runs[0]), range=[min(r[0] for r in ranges), max(r[1] for r in ranges)])
+    return figure
+
+
 def _points(figure: go.Figure, run: Run, trials: Sequence[Trial], x: str, name: str, **style: Any) -> None:
-    told = {"text": [_hover(t, run) for t in trials], "hoverinfo": "text"} if "hoverinfo" not in style else {}
+    told: dict[str, Any] = {"text": [_hover(t, run) for t in trials], "hoverinfo": "text"}
+    told = {} if "hoverinfo" in style else told
     figure.add_trace(
         go.Scatter(
             x=[getattr(t.measured, x) for t in trials],
