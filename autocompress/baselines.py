@@ -89,7 +89,7 @@ def read_baselines(folder: Path) -> list[Baseline]:
     try:
         rows = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return [_baseline(row) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return []
 
 

@@ -58,7 +58,9 @@ def test_pace_is_that_of_the_last_half_minute() -> None:
     assert str(pace) == ""
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.2, "0 s"), (59.6, "1 min 0 s"), (185, "3 min 5 s"), (7800, "2 h 10 min")])
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, "0 s"), (59.6, "1 min 0 s"), (185, "3 min 5 s"), (7800, "2 h 10 min")]
+)
 def test_durations_are_as_people_say_them(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 

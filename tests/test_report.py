@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ import pytest
 from fakes import FakeTask, World, make_graph
 
 from autocompress.artifact.packed import read
+from autocompress.baselines import Baseline
 from autocompress.errors import AutocompressError
 from autocompress.front import Trial
 from autocompress.journal import Journal
@@ -23,7 +25,7 @@ from autocompress.policy import Recovery
 from autocompress.report.page import Layers
 from autocompress.report.plots import front_figure, front_picture, policy_figure
 from autocompress.report.tables import COLUMNS, Run, recipe_text, summary, table
-from autocompress.report.write import write_report
+from autocompress.report.write import summary_text, write_report
 from autocompress.trial import Budget
 
 FILES = ("report.html", "front.png", "front.svg", "front.csv", "trials.csv", "summary.md")
@@ -217,6 +219,34 @@ def test_report_is_the_same_when_written_again(finished: Run) -> None:
     assert before == {name: (finished.folder / name).read_bytes() for name in before}
 
 
+def test_summary_says_what_the_page_says(finished: Run) -> None:
+    text = (finished.folder / "summary.md").read_text(encoding="utf-8")
+    assert finished.picked is not None
+    assert f"**Trial {finished.picked.number}**: {finished.picked.measured.bytes:,} bytes" in text
+    rows = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert len(rows) == len(finished.front)
+    for line, trial in zip(rows, finished.front, strict=True):
+        assert (
+            f"| {trial.number} | {trial.measured.quality:.4f} | {trial.quality_test:.4f} | {trial.measured.bytes:,} |"
+            in line
+        )
+
+
+def test_pictures_are_the_same_when_made_again(finished: Run) -> None:
+    for form in ("png", "svg"):
+        assert front_picture(finished, form) == front_picture(finished, form)
+
+
+def test_baselines_stand_in_picture_page_and_summary(finished: Run) -> None:
+    known = [Baseline("uniform 4 bits", replace(finished.dense, bytes=900, quality=finished.dense.quality - 0.01))]
+    beside = replace(finished, baselines=known)
+    drawn = trace(json.loads(front_figure(beside).to_json()), "baselines")
+    assert drawn["text"] == ["4 bits"]
+    assert (drawn["x"], drawn["y"]) == ([900], [known[0].measurement.quality])
+    assert "| uniform 4 bits | " in summary_text(beside)
+    assert front_picture(beside, "svg") != front_picture(finished, "svg")
+
+
 # --- tables ---
 
 
@@ -389,6 +419,18 @@ def test_names_do_not_become_formulas_in_csv(world: World) -> None:
             for column, value in found.items():
                 if COLUMNS[column] == "str":
                     assert not value.startswith(("=", "+", "-", "@")), (name, column)
+
+
+@pytest.mark.parametrize("text", [NASTY, "a|b", "`x`", "[x](javascript:alert(1))", "# x", "x\n\n# y", "$x$"])
+def test_names_are_mere_text_in_markdown(world: World, text: str) -> None:
+    world.task = FakeTask(name=text, metric=text)
+    world.search(task=text, trials=3, epochs=0)
+    found = (write_report(world.run).folder / "summary.md").read_text(encoding="utf-8")
+    before, _, _ = found.rpartition("\n    ")  # the command stands in a block of code
+    assert not re.search(r"(?<!\\)[`\[]|<", before)
+    assert sum(line.startswith("# ") for line in found.splitlines()) == 1
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in found.splitlines() if line.startswith("|")}
+    assert widths == {9}
 
 
 def test_error_texts_are_escaped(world: World) -> None:

@@ -87,7 +87,7 @@ def compare_table(runs: Sequence[Run], rows: Sequence[dict[str, Any]]) -> Table:
     within = f"; the best within {limit:,} bytes" if limit is not None else ""
     shown = Table("run", "controller", title_justify="left")
     shown.title = escape(f"{runs[0].task}, {runs[0].metric} on val{within}")
-    for name in ("evals", "seconds", "hypervolume", "best", "test", "bytes"):
+    for name in ("evals", "s", "hypervolume", "best", "test", "bytes"):
         shown.add_column(name, justify="right")
     for row in rows:
         best = row["best"] or {}
