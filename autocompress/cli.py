@@ -24,10 +24,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from autocompress.errors import AutocompressError, BudgetError, RunError
+from autocompress.live import watching
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from autocompress.evaluate import Evaluator
-    from autocompress.front import Trial
+    from autocompress.front import Trial, Wish
     from autocompress.measure.latency import Latency
     from autocompress.report.tables import Run
     from autocompress.space import Space
@@ -152,6 +153,7 @@ def search(
     Every feasible member of the front is a file that was written, read back and scored. A killed search continues
     with --resume; Ctrl-C ends it after the trial in flight, twice at once.
     """
+    from autocompress.baselines import read_baselines
     from autocompress.report.write import write_report
     from autocompress.space import load_space
     from autocompress.study import Settings, read_config
@@ -182,7 +184,7 @@ def search(
     folder = resume or out_dir or _default_folder(settings)
     seconds = math.inf if timeout is None else parse_time(timeout)
     command = shlex.join(["autocompress", *sys.argv[1:]])
-    with _progress() as watch, _graceful() as started:
+    with watching(err) as watch, _graceful() as interrupt:
         run_search(
             settings,
             folder,
@@ -191,10 +193,29 @@ def search(
             timeout=seconds,
             command=command,
             watch=watch,
-            started=started,
+            started=interrupt.arm,
         )
+        if interrupt.study is not None and not read_baselines(folder):
+            _measure_uniform(interrupt.study.evaluator, folder, watch, lambda: interrupt.stopped)
     run = write_report(folder)
     _conclude(run, as_json=as_json)
+
+
+def _measure_uniform(
+    evaluator: Evaluator, folder: Path, watch: Callable[[Progress], None], stopped: Callable[[], bool] = lambda: False
+) -> None:
+    """Uniform policies, measured beside a run for its report to compare with; they are no trials of it."""
+    from autocompress.baselines import measure_baselines
+    from autocompress.space import Space
+    from autocompress.study import Progress, read_config
+
+    settings, file, _ = read_config(folder)
+    space, begun = Space(file, evaluator.graph, integers=settings.format == "onnx"), time.monotonic()
+
+    def follow(done: int, total: int, name: str) -> None:
+        watch(Progress("comparing", done, total, done, 0, None, time.monotonic() - begun, None, name))
+
+    measure_baselines(evaluator, space, folder, follow, stopped)
 
 
 def _default_folder(settings: Settings) -> Path:
@@ -215,9 +236,10 @@ def parse_time(text: str) -> float:
 
 
 def _conclude(run: Run, *, as_json: bool) -> None:
+    from autocompress.report.choice import front_table
     from autocompress.report.tables import size_text, summary
 
-    out.print(_front_table(run))
+    out.print(front_table(run))
     picked, nearest = run.picked, run.nearest
     if picked is not None:
         m = picked.measured
@@ -276,84 +298,35 @@ def _conclude(run: Run, *, as_json: bool) -> None:
         raise typer.Exit(3 if nearest is not None else 1)
 
 
-def _front_table(run: Run) -> Table:
-    title = f"Front of {run.task} under {run.budget}" if run.picked else f"Nothing fits {run.budget}"
-    shown = Table(title=escape(title), title_justify="left")
-    timed = run.budget.ms is not None
-    names = ["trial", f"{escape(run.metric)} val", "test", "bytes", "of original", "ms"]
-    for name in (*names, *(["predicted", "speed-up"] if timed else []), "before recovery"):
-        shown.add_column(name, justify="right")
-    for t in run.front:
-        m, before = t.measured, run.row(t)["quality_before"]
-        shown.add_row(
-            str(t.number),
-            f"{m.quality:.4f}",
-            "–" if math.isnan(t.quality_test) else f"{t.quality_test:.4f}",
-            f"{m.bytes:,}",
-            f"{m.bytes / run.dense.bytes:.1%}",
-            f"{m.latency_ms:.3g}",
-            *([f"{m.predicted_ms:.3g}", f"{run.dense.latency_ms / m.latency_ms:.2f}x"] if timed else []),
-            "" if math.isnan(before) else f"{before:.4f}",
-        )
-    return shown
+class _Interrupt:
+    """What Ctrl-C does to a study: the first ends it after the trial in flight, the second at once."""
+
+    def __init__(self) -> None:
+        self.study: Study | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the study was stopped or ran out of time."""
+        return self.study is not None and self.study.over
+
+    def arm(self, study: Study) -> None:
+        """From now on, Ctrl-C is about `study`."""
+        self.study = study
+        signal.signal(signal.SIGINT, self._first)
+
+    def _first(self, number: int, frame: object) -> None:  # noqa: ARG002
+        err.print("\nending after the trial in flight, then the report is written; Ctrl-C again stops at once")
+        assert self.study is not None
+        self.study.stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    """A live line on a terminal; otherwise a plain line at most every ten seconds and at each change of stage."""
-    if err.is_terminal:
-        with err.status("loading the task", spinner="dots") as status:
-
-            def show(progress: Progress) -> None:
-                if progress.note:
-                    err.print(progress.note, markup=False, soft_wrap=True)
-                status.update(_glance(progress))
-
-            yield show
-        return
-    err.print("loading the task")
-    last: tuple[str, float] = ("", -math.inf)
-
-    def log(progress: Progress) -> None:
-        nonlocal last
-        if progress.note:
-            err.print(progress.note, markup=False, soft_wrap=True)
-        if progress.stage != last[0] or time.monotonic() - last[1] >= 10:
-            last = progress.stage, time.monotonic()
-            err.print(_glance(progress), soft_wrap=True, markup=True)
-
-    yield log
-
-
-def _glance(p: Progress) -> str:
-    best = "none yet"
-    if p.best is not None:
-        best = f"{p.best.measured.quality:.4f} at {p.best.measured.bytes:,} bytes"
-    detail = f" ({escape(p.detail)})" if p.detail else ""
-    left = "" if p.left is None else f" | about {p.left:.0f} s left"
-    if p.stage == "ablating":
-        return f"{p.stage} {p.done}/{p.total}{detail} | {p.seconds:.0f} s{left}"
-    return (
-        f"{p.stage} {p.done}/{p.total}{detail} | {p.evaluations} evaluations, {p.seconds:.0f} s | "
-        f"best in budget: {best} | front {p.front}{left}"
-    )
-
-
-@contextmanager
-def _graceful() -> Iterator[Callable[[Study], None]]:
-    """Ctrl-C once ends after the trial in flight, twice at once."""
+def _graceful() -> Iterator[_Interrupt]:
+    """Inside, Ctrl-C may be armed; afterwards it is as it was."""
     previous = signal.getsignal(signal.SIGINT)
-
-    def arm(study: Study) -> None:
-        def first(number: int, frame: object) -> None:  # noqa: ARG001
-            err.print("\nending after the trial in flight; Ctrl-C again stops at once")
-            study.stop()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        signal.signal(signal.SIGINT, first)
-
     try:
-        yield arm
+        yield _Interrupt()
     finally:
         signal.signal(signal.SIGINT, previous)
 
@@ -384,7 +357,7 @@ def ablate(
     from autocompress.ablation import ablate as run_ablation
     from autocompress.report.tables import plain
 
-    with _progress() as watch:
+    with watching(err) as watch:
         found = run_ablation(run_folder, trial, seeds=seeds, epochs=epochs, out=output, watch=watch)
     out.print(_ablation_table(found))
     out.print(f"Written: {output or run_folder / f'ablation-trial-{trial}.md'}", soft_wrap=True, markup=False)
@@ -403,17 +376,95 @@ def _ablation_table(found: dict[str, Any]) -> Table:
     return shown
 
 
-@app.command(epilog=_examples("autocompress report runs/NAME"))
-def report(run_folder: RunFolder, as_json: Json = False) -> None:
-    """Write report.html, front.png, front.csv and trials.csv from a run's journal, even while it runs."""
+@app.command(epilog=_examples("autocompress report runs/NAME", "autocompress report runs/NAME --baselines"))
+def report(
+    run_folder: RunFolder,
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines",
+            help="First measure what to compare with: uniform policies, and a random search of as many trials.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write report.html, summary.md, front.png, front.svg, front.csv and trials.csv, even while a search runs."""
+    from autocompress.report.choice import front_table
     from autocompress.report.tables import summary
     from autocompress.report.write import write_report
 
+    if baselines:
+        _measure_baselines(run_folder)
     run = write_report(run_folder)
-    out.print(_front_table(run))
+    out.print(front_table(run))
     out.print(f"Report: {run_folder / 'report.html'}", soft_wrap=True)
     if as_json:
         _print_json(summary(run))
+
+
+def _measure_baselines(folder: Path) -> None:
+    """Uniform policies again, and the random search beside a run, which goes on where it was."""
+    from autocompress.baselines import RANDOM
+    from autocompress.study import CONFIG, measuring, read_config
+    from autocompress.study import search as run_search
+
+    settings, file, _ = read_config(folder)
+    plain = replace(settings, controller="random", epochs=0)
+    with watching(err) as watch:
+        _measure_uniform(measuring(settings, folder), folder, watch)
+        resume = (folder / RANDOM / CONFIG).is_file()
+        run_search(plain, folder / RANDOM, resume=resume, space=None if resume else file, watch=watch)
+
+
+@app.command(
+    epilog=_examples(
+        "autocompress compare runs/A runs/B", "autocompress compare runs/solver runs/tpe runs/random --out compare.html"
+    )
+)
+def compare(
+    run_folders: Annotated[list[Path], typer.Argument(help="Run folders of the same model.", metavar="RUN...")],
+    output: Annotated[Path, typer.Option("--out", help="The page to write.", metavar="FILE")] = Path("compare.html"),
+    as_json: Json = False,
+) -> None:
+    """Lay the fronts of several runs of the same model over each other: which search found more, in what time?"""
+    from autocompress.report.compare import compare as compare_runs
+    from autocompress.report.compare import compare_table, read_runs, write_comparison
+
+    if output.suffix not in (".html", ".htm"):
+        raise RunError(f"{output} must end in .html")
+    runs = read_runs(run_folders)
+    rows = compare_runs(runs)
+    out.print(compare_table(runs, rows))
+    write_comparison(runs, rows, output)
+    out.print(f"Written: {output}", soft_wrap=True, markup=False)
+    if as_json:
+        _print_json({"page": str(output), "runs": rows})
+
+
+@app.command(epilog=_examples("autocompress dashboard runs/NAME", "autocompress dashboard runs/NAME --export-only"))
+def dashboard(
+    run_folder: RunFolder,
+    port: Annotated[int, typer.Option(help="Port of this machine.", min=1, max=65535)] = 8080,
+    browser: Annotated[bool, typer.Option(help="Open the page in the default browser.")] = True,
+    export_only: Annotated[
+        bool, typer.Option("--export-only", help="Write the Optuna storage, and show nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Export a run to an Optuna storage and open optuna-dashboard on it. Ctrl-C ends it.
+
+    Needs the extra `dashboard`: pip install 'autocompress[dashboard]'. The storage is a copy: the run stays as it is.
+    """
+    from autocompress.optuna_export import STORAGE, export_study, serve
+    from autocompress.report.tables import Run
+
+    path = run_folder / STORAGE
+    count = export_study(Run.read(run_folder), path)
+    out.print(f"{path}: {count} trials; optuna.load_study reads it with a JournalStorage", soft_wrap=True, markup=False)
+    if as_json:
+        _print_json({"storage": str(path), "trials": count})
+    if not export_only:
+        serve(path, port, browser=browser, say=lambda text: err.print(text, markup=False, soft_wrap=True))
 
 
 MaxSize = Annotated[str | None, typer.Option(help="At most this size: 1MB, 900KiB, size=10%.")]
@@ -432,8 +483,8 @@ def _choose(
     knee: bool,
     best: bool,
     trial: int | None,
-) -> Trial:
-    """The trial that the options of `pick` and `export` name."""
+) -> tuple[Trial, Wish]:
+    """The trial that the options of `pick` and `export` name, and what they ask for."""
     from autocompress.front import Wish, pick
     from autocompress.trial import Budget, Limit
 
@@ -448,13 +499,15 @@ def _choose(
     if (max_size is not None) != (budget.bytes is not None) or (max_latency is not None) != (budget.ms is not None):
         raise BudgetError("--max-size takes bytes and --max-latency takes time")
     wish = Wish(budget.bytes, budget.ms, min_quality, best, knee, trial)
-    return pick(run.trials, run.direction, wish, run.budget)
+    return pick(run.trials, run.direction, wish, run.budget), wish
 
 
 @app.command(
     name="pick",
     epilog=_examples(
-        "autocompress pick runs/NAME --max-size 1MB --min-quality 0.90", "autocompress pick runs/NAME --knee"
+        "autocompress pick runs/NAME --max-size 1MB --min-quality 0.90",
+        "autocompress pick runs/NAME --knee",
+        "autocompress pick runs/NAME --interactive",
     ),
 )
 def pick_(
@@ -465,38 +518,32 @@ def pick_(
     knee: Knee = False,
     best: Best = False,
     trial: TrialNumber = None,
+    interactive: Annotated[bool, typer.Option("--interactive", help="Walk along the front from there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Choose one trial of a run by limits, and say how to export it."""
+    """Choose one trial of a run by limits; say why it and not its neighbours, and how to export it."""
+    from autocompress.report.choice import explain, walk
     from autocompress.report.tables import Run, plain
 
     run = Run.read(run_folder)
-    chosen = _choose(run, max_size, max_latency, min_quality, knee, best, trial)
+    chosen, wish = _choose(run, max_size, max_latency, min_quality, knee, best, trial)
+    if interactive:
+        chosen = walk(run, chosen, out, lambda prompt: out.input(prompt, markup=False))
+        wish = replace(wish, trial=chosen.number)
     m = chosen.measured
     out.print(
         f"[bold]Trial {chosen.number}[/]: {m.bytes:,} bytes ({m.bytes / run.dense.bytes:.1%} of the original), "
         f"{escape(run.metric)} {m.quality:.4f} on val (original {run.dense.quality:.4f}), {m.latency_ms:.3g} ms "
         f"(original {run.dense.latency_ms:.3g})."
     )
-    out.print(_neighbours(run, chosen), soft_wrap=True)
+    for sentence in explain(run, chosen, wish):
+        out.print(sentence, soft_wrap=True, markup=False)
     command = f"autocompress export {shlex.quote(str(run_folder))} --trial {chosen.number}"
     out.print(f"{command} --format {run.settings.format}", soft_wrap=True)
     if as_json:
         _print_json(
             plain({"run": str(run_folder), **run.row(chosen), "policy_json": chosen.evaluation.policy.to_json()})
         )
-
-
-def _neighbours(run: Run, chosen: Trial) -> str:
-    """What the next smaller and next larger members of the front would give instead."""
-    smaller = [t for t in run.front if t.measured.bytes < chosen.measured.bytes][-1:]
-    larger = [t for t in run.front if t.measured.bytes > chosen.measured.bytes][:1]
-    said = [
-        f"the next {word} on the front, trial {t.number}, has {t.measured.bytes:,} bytes and {t.measured.quality:.4f}"
-        for word, found in (("smaller", smaller), ("larger", larger))
-        for t in found
-    ]
-    return ("; ".join(said) or "it is the only member of the front").capitalize() + "."
 
 
 @app.command(
@@ -526,7 +573,7 @@ def export(
     from autocompress.report.tables import Run
 
     run = Run.read(run_folder)
-    chosen = _choose(run, max_size, max_latency, min_quality, knee, best, trial)
+    chosen, _ = _choose(run, max_size, max_latency, min_quality, knee, best, trial)
     form = format_.value if format_ else run.settings.format
     suffix = {"packed": ".acz", "onnx": ".onnx"}[form]
     target = output or Path(f"{run_folder.resolve().name}-trial-{chosen.number}{suffix}")

@@ -132,6 +132,7 @@ class Evaluator:
                 measured,
                 seconds=time.perf_counter() - start,
                 screened=screened,
+                curve=compressed.curve,
             )
         except PolicyError:
             raise
@@ -164,7 +165,8 @@ class Evaluator:
         latency, policy = shipped.time(), compressed.policy
         predicted = self.target.predicted_ms(policy)
         macs = self.graph.macs(policy)
-        return Measurement(shipped.bytes, macs, quality.score, quality.loss, latency.ms, predicted)
+        told = float(self.target.predict(policy).bytes)
+        return Measurement(shipped.bytes, macs, quality.score, quality.loss, latency.ms, predicted, told)
 
     def pack(self, compressed: Compressed, quality: float) -> bytes:
         """The content of the file for a compressed model that scored `quality`."""

@@ -16,7 +16,8 @@ Point = tuple[float, ...]
 class Trial:
     """An evaluation with its number in the run; `quality_test` and `artifact` once the run has finalised it.
 
-    `final_ms` is its file's latency, timed again alone on the machine, if the run has a latency budget.
+    `final_ms` is its file's latency, timed again alone on the machine, if the run has a latency budget. `at` are the
+    seconds of the search when it was finished.
     """
 
     number: int
@@ -24,6 +25,7 @@ class Trial:
     quality_test: float = math.nan
     artifact: str = ""
     final_ms: float = math.nan
+    at: float = math.nan
 
     @property
     def measured(self) -> Measurement:

@@ -21,7 +21,9 @@ from autocompress.front import Trial
 from autocompress.policy import Policy
 from autocompress.trial import Evaluation
 
-SCHEMA = 2
+SCHEMA = 3
+READABLE = (2, 3)
+"""Rows of schema 2 lack the seconds at which they were finished, the curves of trainings and predicted bytes."""
 FILE = "journal.sqlite"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS trials (
@@ -57,6 +59,7 @@ class Journal:
                 if journal.fact("schema") is None:
                     journal.set_fact("schema", SCHEMA)
                 journal._check_schema(folder)
+                journal.set_fact("schema", SCHEMA)  # what is written from now on, older versions cannot read
                 yield journal
         finally:
             lock.release()
@@ -94,8 +97,13 @@ class Journal:
 
     def _check_schema(self, folder: Path) -> None:
         written = self.fact("schema")
-        if written != SCHEMA:
-            raise RunError(f"{folder} was written by another version of autocompress (schema {written}); use that one")
+        if written not in READABLE:
+            newer = isinstance(written, int) and written > SCHEMA
+            raise RunError(
+                f"{folder} was written by {'a newer' if newer else 'another'} version of autocompress (schema "
+                f"{written}, this one reads {' and '.join(map(str, READABLE))}): "
+                f"{'upgrade autocompress' if newer else 'use that version'}"
+            )
 
     # --- facts: small values about the whole run ---
 
@@ -133,18 +141,18 @@ class Journal:
         """Write what became of a trial, and the run's seconds so far; a trial is finished once."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._finish(number, evaluation)
+            self._finish(number, evaluation.to_json() | {"at": round(seconds, 3)}, evaluation.status)
             self.set_fact("seconds", seconds)
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
 
-    def _finish(self, number: int, evaluation: Evaluation) -> None:
+    def _finish(self, number: int, evaluation: dict[str, Any], status: str) -> None:
         done = self._db.execute(
             "UPDATE trials SET state = ?, evaluation = ?, finished = datetime('now') "
             "WHERE number = ? AND state = 'running'",
-            (evaluation.status, json.dumps(evaluation.to_json()), number),
+            (status, json.dumps(evaluation), number),
         )
         if done.rowcount != 1:
             raise RunError(f"trial {number} is already finished")
@@ -155,6 +163,11 @@ class Journal:
             "UPDATE trials SET quality_test = ?, artifact = ?, final_ms = ? WHERE number = ?",
             (_null(quality_test), artifact, _null(final_ms), number),
         )
+
+    def dates(self) -> tuple[str, str] | None:
+        """When the first and the last trial were finished, in UTC; None before there is one."""
+        first, last = self._db.execute(_DATES).fetchone()
+        return None if first is None else (str(first), str(last))
 
     def trials(self) -> list[Trial]:
         """Finished trials, in order."""
@@ -168,12 +181,17 @@ class Journal:
             raise RunError(f"the journal holds a row that cannot be read: {error}") from error
 
 
+_DATES = "SELECT MIN(finished), MAX(finished) FROM trials WHERE finished IS NOT NULL"
+
+
 def _null(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
 def _trial(number: int, policy: str, evaluation: str, *final: Any) -> Trial:
-    known = Evaluation.from_json(Policy.from_json(json.loads(policy)), json.loads(evaluation))
+    data = json.loads(evaluation)
+    at = float(data.pop("at", math.nan))
+    known = Evaluation.from_json(Policy.from_json(json.loads(policy)), data)
     quality_test, artifact, final_ms = final
     nan = math.nan
     return Trial(
@@ -182,4 +200,5 @@ def _trial(number: int, policy: str, evaluation: str, *final: Any) -> Trial:
         nan if quality_test is None else quality_test,
         artifact or "",
         nan if final_ms is None else final_ms,
+        at,
     )

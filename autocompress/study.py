@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autocompress.controllers.base import Controller
 from autocompress.controllers.optuna_samplers import Predict, mix
@@ -43,7 +43,7 @@ from autocompress.rungs import TRAINING_ROOM, Climb, Pace, at_epochs, ladder, pl
 from autocompress.runners.local import LocalRunner, Runner
 from autocompress.space import Space, SpaceFile, load_space
 from autocompress.target import FORMATS, OnnxTarget, Place
-from autocompress.task import Task, load_task
+from autocompress.task import Task, details, load_task
 from autocompress.trial import Budget, Evaluation, Limit, Measurement
 
 CONFIG = "config.json"
@@ -131,7 +131,7 @@ class Settings:
 class Progress:
     """A glance at a running search. `best` is the best feasible trial so far; `left` seconds, None if unknown.
 
-    `note` is to be shown once, and to stay.
+    `note` is to be shown once, and to stay. `points` are (bytes, quality) of the front, `rising` if more is better.
     """
 
     stage: str
@@ -144,6 +144,8 @@ class Progress:
     left: float | None
     detail: str = ""
     note: str = ""
+    points: tuple[tuple[int, float], ...] = ()
+    rising: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,11 @@ class Study:
         self._stopped = True
 
     @property
+    def over(self) -> bool:
+        """Whether it was stopped, or its time is up."""
+        return self._stopped or self.seconds > self._timeout
+
+    @property
     def seconds(self) -> float:
         """Wall time of this call."""
         return time.monotonic() - self._start
@@ -238,8 +245,10 @@ class Study:
     def _say(self, stage: str, done: int, total: int, left: float | None, detail: str = "", *, note: str = "") -> None:
         """Tell the watcher; `left` seconds are bounded by the timeout."""
         left = None if left is None else min(left, max(0.0, self._timeout - self.seconds))
-        front, best = len(self.front()), self.best()
-        self._watch(Progress(stage, done, total, self.evaluated(), front, best, self.seconds, left, detail, note))
+        front, rising = self.front(), self.evaluator.task.direction == "max"
+        points = tuple((t.measured.bytes, t.measured.quality) for t in front)
+        told = Progress(stage, done, total, self.evaluated(), len(front), self.best(), self.seconds, left, detail, note)
+        self._watch(replace(told, points=points, rising=rising))
 
     def _remember(self, trial: Trial) -> None:
         evaluation = trial.evaluation
@@ -253,8 +262,9 @@ class Study:
     def _settle(self, evaluation: Evaluation) -> None:
         """Write a result, then learn from it."""
         number = len(self.trials)
-        self._journal.finish(number, evaluation, self.total_seconds)
-        trial = Trial(number, evaluation)
+        at = round(self.total_seconds, 3)
+        self._journal.finish(number, evaluation, at)
+        trial = Trial(number, evaluation, at=at)
         self.trials.append(trial)
         self._remember(trial)
         self._controller.tell(evaluation)
@@ -478,6 +488,18 @@ class Study:
         if math.isnan(test):
             test = float(self.evaluator.task.score(artifact.model, "test"))
         self._finish(replace(self.trials[trial.number], quality_test=test, artifact=name))
+        self._detail(trial.number, artifact.model)
+
+    def _detail(self, number: int, model: nn.Module) -> None:
+        """Write what the task says of a front member beyond its metric, and once of the original."""
+        task, known = self.evaluator.task, self._journal.fact("details") or {"trials": {}}
+        try:
+            if found := details(task, model, "val"):
+                known.setdefault("dense", details(task, self.evaluator.bench.teacher, "val"))
+                known["trials"][str(number)] = found
+                self._journal.set_fact("details", known)
+        except Exception as error:  # whatever the user's code raises: the search does without
+            self.warn(f"the task's details() raised {type(error).__name__}: {' '.join(str(error).split())}")
 
     def _holds(self, trial: Trial, path: Path) -> bool:
         """Time the file again, alone; whether it is still within the latency budget."""

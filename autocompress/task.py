@@ -43,7 +43,9 @@ class Task(Protocol):
     A task may also have `divergence(outputs, teacher_outputs, temperature) -> Tensor`, the distance that
     distillation minimises; without it, `divergence` of this module uses the squared error. And it may have
     `score_batches(model, batches) -> float`, the metric on some batches: then a search screens candidates on a part
-    of a large `val` and scores the best on all of it; without it, every candidate is scored on all of `val`.
+    of a large `val` and scores the best on all of it; without it, every candidate is scored on all of `val`. And
+    `details(model, split) -> {name: number}`, such as the accuracy of each class, which the report compares with the
+    original's.
     """
 
     name: str
@@ -176,6 +178,13 @@ def divergence(task: Task, outputs: Any, teacher: Any, temperature: float = 1.0)
     return squared_error_divergence(outputs, teacher)
 
 
+def details(task: Task, model: nn.Module, split: Split) -> dict[str, float]:
+    """What the task says of `model` beyond its metric, finite numbers by name; empty if it says nothing."""
+    own = getattr(task, "details", None)
+    found = {} if own is None else {str(name): float(value) for name, value in own(model, split).items()}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
 def better(task: Task, a: float, b: float) -> bool:
     """Whether quality `a` is strictly better than `b`."""
     return a > b if task.direction == "max" else a < b
@@ -299,6 +308,17 @@ class ClassificationTask(_ArrayTask):
         """Share of inputs whose largest logit is the target."""
         logits, targets = self.outputs(model, batches)
         return float((logits.argmax(dim=1) == targets).double().mean())
+
+    def details(self, model: nn.Module, split: Split) -> dict[str, float]:
+        """The share of each class's inputs whose largest logit is the target."""
+        logits, targets = self.outputs(model, self.batches(split))
+        right = (logits.argmax(dim=1) == targets).double()
+        present = sorted(set(targets.tolist()))
+        return {self.class_name(c): float(right[targets == c].mean()) for c in present}
+
+    def class_name(self, number: int) -> str:
+        """What the report calls a class."""
+        return f"class {number}"
 
     def divergence(self, outputs: Any, teacher: Any, temperature: float = 1.0) -> Tensor:
         """Temperature-softened Kullback-Leibler divergence."""

@@ -25,7 +25,8 @@ _HELP = "use bytes (4MB, 900KiB), time (5ms, 800us) or a share of the dense mode
 class Measurement:
     """What a candidate measured. Quality is the task's own metric in its own direction; loss is lower-better.
 
-    `predicted_ms` is what a table of per-layer times says of it, NaN where there is none.
+    `predicted_ms` is what a table of per-layer times says of it, `predicted_bytes` what was told of its file before
+    it was built, NaN where there is none.
     """
 
     bytes: int
@@ -34,6 +35,7 @@ class Measurement:
     loss: float = math.nan
     latency_ms: float = math.nan
     predicted_ms: float = math.nan
+    predicted_bytes: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +126,41 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class Curve:
+    """How a recovery training went, in a few dozen points.
+
+    `loss` is the mean training loss of the steps since the point before, `lr` the learning rate at it; `heard` are
+    (step, metric) as the plateau adjustment heard them, empty without one.
+    """
+
+    step: tuple[int, ...] = ()
+    loss: tuple[float, ...] = ()
+    lr: tuple[float, ...] = ()
+    heard: tuple[tuple[int, float], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data with four digits."""
+        rounded = {name: [_short(x) for x in getattr(self, name)] for name in ("loss", "lr")}
+        return {"step": list(self.step), **rounded, "heard": [[step, _short(x)] for step, x in self.heard]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Curve:
+        """The curve that `to_json` wrote."""
+        heard = tuple((int(step), float(value)) for step, value in data["heard"])
+        return cls(tuple(map(int, data["step"])), tuple(map(float, data["loss"])), tuple(map(float, data["lr"])), heard)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """One candidate with what became of it.
 
     `infeasible` was refused before it was built, by its exact size. `copy_of` is the trial that measured the same
     policy before; nothing was measured again. `screened` says that quality and loss are, or would have been, of a part
-    of `val` only.
+    of `val` only. `curve` is that of its recovery training, if there was one.
     """
 
     policy: Policy
@@ -141,6 +172,7 @@ class Evaluation:
     seconds: float = 0.0
     copy_of: int | None = None
     screened: bool = False
+    curve: Curve | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, NaN as null, without the policy (the journal stores it beside)."""
@@ -161,7 +193,7 @@ class Evaluation:
             "seconds": self.seconds,
             "copy_of": self.copy_of,
             "screened": self.screened,
-        }
+        } | ({} if self.curve is None else {"curve": self.curve.to_json()})
 
     @classmethod
     def from_json(cls, policy: Policy, data: dict[str, Any]) -> Evaluation:
@@ -171,4 +203,5 @@ class Evaluation:
         if values is not None:
             known: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
             measured = Measurement(**known)
-        return cls(**(data | {"policy": policy, "measurement": measured}))
+        curve = Curve.from_json(data["curve"]) if data.get("curve") is not None else None
+        return cls(**(data | {"policy": policy, "measurement": measured, "curve": curve}))

@@ -33,7 +33,7 @@ from autocompress.space import Space, load_space, parse_space
 from autocompress.stored import Full, Half, Quantised, Raw, Stored
 from autocompress.study import Outcome, Settings, search
 from autocompress.target import Place, Reloaded
-from autocompress.trial import Evaluation, Measurement
+from autocompress.trial import Curve, Evaluation, Measurement
 
 SPACE_TEXT = """
 [layers]
@@ -149,6 +149,11 @@ class FakeTask:
         self.scored.append((split, model.policy.key()))
         return self.quality_of(model.policy) - (0.01 if split == "test" else 0.0)
 
+    def details(self, model: Any, split: str) -> dict[str, float]:
+        """Two classes, of which one loses more than the metric says."""
+        quality = self.quality_of(getattr(model, "policy", Policy()))
+        return {f"class 0 of {self.name}": quality, f"class 1 of {split}": quality**2}
+
     def count(self, split: str) -> int:
         """How often `split` was read."""
         return sum(1 for name, _ in self.scored if name == split)
@@ -199,7 +204,7 @@ class FakeEvaluator:
         self.target = FakeTarget(self, ".onnx" if format == "onnx" else ".acz", retimed)
         self.graph = self.task.graph
         state = {name: torch.full(shape, self.task.weights) for name, (shape, _) in self.graph.tensors.items()}
-        self.bench = SimpleNamespace(state=state, trainable=True, untrainable="", precision=PLAIN)
+        self.bench = SimpleNamespace(state=state, teacher=None, trainable=True, untrainable="", precision=PLAIN)
         self.size = Size(self.graph, self.task.name, self.task.metric)
         self.fault, self.kill_at = fault or (lambda *_: None), kill_at
         self.calls: list[tuple[Policy, int, Path | None]] = []
@@ -267,9 +272,16 @@ class FakeEvaluator:
             seconds = time.perf_counter() - start
             error = traceback.format_exc(limit=-6)
             return Evaluation(policy, self.seed, rung, "failed", error=error, seconds=seconds, screened=screened)
+        seconds = time.perf_counter() - start
         return Evaluation(
-            policy, self.seed, rung, "ok", measured, seconds=time.perf_counter() - start, screened=screened
+            policy, self.seed, rung, "ok", measured, seconds=seconds, screened=screened, curve=self.curve(policy)
         )
+
+    def curve(self, policy: Policy) -> Curve | None:
+        """A loss that halves with every step of a training."""
+        steps = tuple(range(1, 1 + 2 * policy.recovery.epochs))
+        rates = tuple(policy.recovery.lr for _ in steps)
+        return Curve(steps, tuple(0.5**step for step in steps), rates) if steps else None
 
     def latency(self, policy: Policy) -> float:
         """Proportional to multiply-accumulates."""

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from autocompress import cli, study
 from autocompress.journal import FILE, Journal
 from autocompress.report.tables import COLUMNS
 
-VERBS = ("search", "ablate", "report", "pick", "export", "verify", "profile", "init")
+VERBS = ("search", "ablate", "report", "pick", "compare", "dashboard", "export", "verify", "profile", "init")
 BROKEN = """
 import torch
 from torch import nn
@@ -364,7 +365,8 @@ def test_search_prints_no_warning(searched: Searched) -> None:
 
 
 def test_search_writes_its_files(searched: Searched) -> None:
-    for name in ("config.json", FILE, "report.html", "front.png", "front.csv", "trials.csv"):
+    reports = ("report.html", "summary.md", "front.png", "front.svg", "front.csv", "trials.csv", "baselines.json")
+    for name in ("config.json", FILE, *reports):
         assert (searched.folder / name).stat().st_size > 0, name
     with (searched.folder / "front.csv").open(newline="") as file:
         reader = csv.DictReader(file)
@@ -376,6 +378,47 @@ def test_report_says_the_same_again(searched: Searched) -> None:
     result = run("report", searched.folder, "--json")
     assert result.code == 0
     assert result.json == searched.result.json
+
+
+def test_uniform_policies_are_measured_beside_the_search(searched: Searched) -> None:
+    names = [row["name"] for row in json.loads((searched.folder / "baselines.json").read_text())]
+    assert {"uniform 8 bits", "uniform 4 bits", "uniform 2 bits"} <= set(names)
+    assert "uniform 4 bits" in (searched.folder / "summary.md").read_text()
+
+
+def test_report_measures_a_random_search_to_compare_with(searched: Searched, tmp_path: Path) -> None:
+    folder = shutil.copytree(searched.folder, tmp_path / "run")
+    for _ in range(2):  # the second time there is nothing left to do
+        result = run("report", folder, "--baselines")
+        assert result.code == 0
+    assert len(json.loads((folder / "baselines.json").read_text())) > 2
+    with Journal.reading(folder / "random-search") as journal:
+        assert journal.fact("schema") == 3
+    assert "random search" in (folder / "report.html").read_text()
+
+
+def test_pick_says_why_and_walks(searched: Searched, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = front(searched)
+    result = run("pick", searched.folder)
+    assert "It has the highest accuracy of" in result.out
+    answers = iter([str(members[0]["trial"]), "q"])
+    monkeypatch.setattr(cli.Console, "input", lambda *_, **__: next(answers))
+    result = run("pick", searched.folder, "--interactive", "--json")
+    assert result.json["trial"] == members[0]["trial"]
+
+
+def test_compare_and_dashboard_write_their_files(searched: Searched, tmp_path: Path) -> None:
+    other = shutil.copytree(searched.folder, tmp_path / "other")
+    page = tmp_path / "page.html"
+    result = run("compare", searched.folder, other, "--out", page, "--json")
+    assert result.code == 0
+    assert [row["name"] for row in result.json["runs"]] == [searched.folder.name, "other"]
+    assert page.stat().st_size > 1_000_000
+    assert "must end in .html" in refused("compare", searched.folder, other, "--out", tmp_path / "page.pdf")
+    assert "2 to 6 runs" in refused("compare", other, "--out", page)
+    result = run("dashboard", other, "--export-only", "--json")
+    assert result.json["trials"] >= searched.result.json["evaluations"]
+    assert Path(result.json["storage"]).is_file()
 
 
 def front(searched: Searched) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -226,8 +227,23 @@ def test_schema_of_another_version_is_refused(tmp_path: Path) -> None:
     with Journal.writing(tmp_path) as journal:
         journal.set_fact("schema", 999)
     for opened in (Journal.reading, Journal.writing):
-        with pytest.raises(RunError, match="schema 999"), opened(tmp_path):
+        with pytest.raises(RunError, match=r"a newer version of autocompress \(schema 999.*upgrade"), opened(tmp_path):
             pass
+
+
+def test_schema_before_this_one_is_read_and_continued(tmp_path: Path) -> None:
+    """Rows of schema 2 have neither the seconds at which they were finished nor predicted bytes."""
+    written = fill(tmp_path, 4)
+    drop = "UPDATE trials SET evaluation = json_remove(evaluation, '$.at', '$.measurement.predicted_bytes')"
+    spoil(tmp_path, drop)
+    spoil(tmp_path, "UPDATE facts SET value = '2' WHERE name = 'schema'")
+    trials = read_all(tmp_path)
+    assert all(same(t.evaluation, e) and math.isnan(t.at) for t, e in zip(trials, written, strict=True))
+    with Journal.writing(tmp_path) as journal:
+        journal.begin(4, POLICY, 0)
+        journal.finish(4, Evaluation(POLICY, 0, 0, "infeasible"), 12.5)
+        assert journal.fact("schema") == 3
+    assert read_all(tmp_path)[4].at == 12.5
 
 
 def spoil(folder: Path, statement: str, *values: str) -> None:

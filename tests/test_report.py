@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from fakes import FakeTask, World, make_graph
 
+from autocompress.artifact.packed import read
+from autocompress.baselines import Baseline
 from autocompress.errors import AutocompressError
 from autocompress.front import Trial
 from autocompress.journal import Journal
 from autocompress.policy import Recovery
-from autocompress.report.plots import front_figure, front_png, policy_figure
+from autocompress.report.page import Layers
+from autocompress.report.plots import front_figure, front_picture, policy_figure
 from autocompress.report.tables import COLUMNS, Run, recipe_text, summary, table
-from autocompress.report.write import write_report
+from autocompress.report.write import summary_text, write_report
 from autocompress.trial import Budget
 
-FILES = ("report.html", "front.png", "front.csv", "trials.csv")
+FILES = ("report.html", "front.png", "front.svg", "front.csv", "trials.csv", "summary.md")
 SCRIPT = "<script>alert(1)</script>"
 
 
@@ -69,15 +77,52 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return write_report(world.run)
 
 
-def test_removed_layers_say_so_and_have_no_bits(finished: Run) -> None:
+def figures_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The figures that the page holds, by name."""
+    found = [script for script in page(folder).scripts if script.startswith('{"figures":')]
+    assert len(found) == 1
+    return dict(json.loads(found[0])["figures"])
+
+
+def trace(figure: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [t for t in figure["data"] if t["name"] == name]
+    return dict(found)
+
+
+def numbers(value: Any) -> list[float]:
+    """Plotly writes long arrays in base 64."""
+    if isinstance(value, dict):
+        return np.frombuffer(base64.b64decode(value["bdata"]), np.dtype(value["dtype"])).tolist()
+    return list(value)
+
+
+def test_removed_layers_have_no_bits_and_no_bytes(finished: Run) -> None:
     assert [layer["groups"] for layer in finished.layers] == [["conv1"], ["conv1", "conv2"], ["conv2"]]
-    trial = finished.front[0]
+    trial = replace(finished.front[0], artifact="")
     policy = replace(trial.evaluation.policy, keep={"conv1": 0.0})
     gone = replace(trial, evaluation=replace(trial.evaluation, policy=policy))
-    for one, marks in ((trial, ["", "", ""]), (gone, [" (removed)", " (removed)", ""])):
-        bits = policy_figure(finished, one, None).data[0]
-        assert list(bits.x) == [layer["name"] + mark for layer, mark in zip(finished.layers, marks, strict=True)]
-        assert [value == 0 for value in bits.y] == [bool(mark) for mark in marks]
+    for one, removed in ((trial, [False] * 3), (gone, [True, True, False])):
+        bars = Layers(finished).bars(one)
+        drawn = {t.name: list(t.y) for t in policy_figure(finished, bars).data}
+        assert list(policy_figure(finished, bars).data[0].x) == ["conv1", "conv2", "fc"]
+        for name in ("bits", "channels", "after"):
+            assert [value == 0 for value in drawn[name]] == removed
+
+
+def test_bars_are_those_of_the_file(finished: Run) -> None:
+    trial = finished.front[0]
+    bars = Layers(finished).bars(trial)
+    header = read(finished.folder / trial.artifact).header
+    assert bars.after == [
+        next(e.nbytes for e in header.entries if e.name == f"{n}.weight") for n in ("conv1", "conv2", "fc")
+    ]
+    policy = trial.evaluation.policy
+    assert bars.bits == [policy.layers[name].bits for name in ("conv1", "conv2", "fc")]
+    assert bars.channels == [
+        100 * policy.keep["conv1"],
+        100 * policy.keep["conv1"] * policy.keep["conv2"],
+        100 * policy.keep["conv2"],
+    ]
 
 
 # --- any state of a run ---
@@ -172,6 +217,34 @@ def test_report_is_the_same_when_written_again(finished: Run) -> None:
     before = {name: (finished.folder / name).read_bytes() for name in ("front.csv", "trials.csv")}
     write_report(finished.folder)
     assert before == {name: (finished.folder / name).read_bytes() for name in before}
+
+
+def test_summary_says_what_the_page_says(finished: Run) -> None:
+    text = (finished.folder / "summary.md").read_text(encoding="utf-8")
+    assert finished.picked is not None
+    assert f"**Trial {finished.picked.number}**: {finished.picked.measured.bytes:,} bytes" in text
+    rows = [line for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert len(rows) == len(finished.front)
+    for line, trial in zip(rows, finished.front, strict=True):
+        assert (
+            f"| {trial.number} | {trial.measured.quality:.4f} | {trial.quality_test:.4f} | {trial.measured.bytes:,} |"
+            in line
+        )
+
+
+def test_pictures_are_the_same_when_made_again(finished: Run) -> None:
+    for form in ("png", "svg"):
+        assert front_picture(finished, form) == front_picture(finished, form)
+
+
+def test_baselines_stand_in_picture_page_and_summary(finished: Run) -> None:
+    known = [Baseline("uniform 4 bits", replace(finished.dense, bytes=900, quality=finished.dense.quality - 0.01))]
+    beside = replace(finished, baselines=known)
+    drawn = trace(json.loads(front_figure(beside).to_json()), "baselines")
+    assert drawn["text"] == ["4 bits"]
+    assert (drawn["x"], drawn["y"]) == ([900], [known[0].measurement.quality])
+    assert "| uniform 4 bits | " in summary_text(beside)
+    assert front_picture(beside, "svg") != front_picture(finished, "svg")
 
 
 # --- tables ---
@@ -289,13 +362,19 @@ def test_page_loads_nothing(finished: Run) -> None:
 
 
 def test_page_holds_plotly_once(finished: Run) -> None:
-    bundles = [script for script in page(finished.folder).scripts if "plotly.js v" in script]
-    assert len(bundles) == 1
-    plots = [script for script in page(finished.folder).scripts if "Plotly.newPlot" in script and script not in bundles]
-    assert len(plots) == 4
+    assert sum("plotly.js v" in script for script in page(finished.folder).scripts) == 1
+    assert (finished.folder / "report.html").stat().st_size < 6_000_000
 
 
 # --- names are text ---
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text inside JSON, keys left out."""
+    if isinstance(value, str):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from strings(part)
 
 
 def hostile(world: World, text: str) -> Run:
@@ -316,26 +395,42 @@ def test_names_are_escaped_in_the_page_and_in_the_figures(world: World) -> None:
     assert SCRIPT not in source
     assert found.text.count(NASTY) >= 3  # title, heading, sentence
     assert not {"img", "b"} & {tag for tag, _ in found.tags}
-    plots = [script for script in found.scripts if "newPlot" in script and "plotly.js v" not in script]
-    assert len(plots) == 4
-    assert not any("<b>x" in script or "\\u003cb\\u003ex" in script for script in plots)
-    assert any("conv1&lt;script" in script or "conv1\\u0026lt;script" in script for script in plots)
+    texts = list(strings(figures_of(world.run)))
+    shown = [text for text in texts if "x</b>" in text or "&lt;/b&gt;" in text]
+    assert shown
+    assert not any(tag in text for text in texts for tag in ("<script", "<img", "<b>x"))
+    assert any("onerror" in text for text in texts)  # the end of a layer's name, as text
 
 
 @pytest.mark.parametrize("text", ["$x$", "$\\frac{$", "$", "a_b^{c", "\\", "{}%s%", "\u6570\u5b57"])
 def test_names_are_mere_text_in_the_picture(world: World, text: str) -> None:
     world.task = FakeTask(name=text, metric=text)
     world.search(task=text, trials=3, epochs=0)
-    assert front_png(Run.read(world.run)).startswith(b"\x89PNG")
+    run = Run.read(world.run)
+    assert front_picture(run).startswith(b"\x89PNG")
+    assert b"</svg>" in front_picture(run, "svg")
 
 
 def test_names_do_not_become_formulas_in_csv(world: World) -> None:
     hostile(world, "=cmd()")
     for name in ("front.csv", "trials.csv"):
+        assert {r["metric"] for r in rows_of(world.run / name)} == {"'=cmd()"}
         for found in rows_of(world.run / name):
             for column, value in found.items():
                 if COLUMNS[column] == "str":
                     assert not value.startswith(("=", "+", "-", "@")), (name, column)
+
+
+@pytest.mark.parametrize("text", [NASTY, "a|b", "`x`", "[x](javascript:alert(1))", "# x", "x\n\n# y", "$x$"])
+def test_names_are_mere_text_in_markdown(world: World, text: str) -> None:
+    world.task = FakeTask(name=text, metric=text)
+    world.search(task=text, trials=3, epochs=0)
+    found = (write_report(world.run).folder / "summary.md").read_text(encoding="utf-8")
+    before, _, _ = found.rpartition("\n    ")  # the command stands in a block of code
+    assert not re.search(r"(?<!\\)[`\[]|<", before)
+    assert sum(line.startswith("# ") for line in found.splitlines()) == 1
+    widths = {len(re.findall(r"(?<!\\)\|", line)) for line in found.splitlines() if line.startswith("|")}
+    assert widths == {9}
 
 
 def test_error_texts_are_escaped(world: World) -> None:

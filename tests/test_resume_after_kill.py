@@ -188,6 +188,21 @@ def test_interrupted_once_it_reports_and_can_be_continued(starter: Starter, whol
     assert essence(trials(folder)) == essence(whole)
 
 
+def test_interrupted_twice_it_stops_at_once_and_can_be_continued(starter: Starter, whole: list[Trial]) -> None:
+    folder = starter.folder / "twice"
+    process = starter.search("twice")
+    wait_for(folder, 5)
+    os.kill(process, signal.SIGINT)
+    time.sleep(0.02)
+    os.kill(process, signal.SIGINT)
+    assert starter.ended() == 130
+    found = trials(folder)
+    assert essence(found) == essence(whole)[: len(found)]
+    starter.search("twice")
+    assert starter.ended() == 0
+    assert essence(trials(folder)) == essence(whole)
+
+
 def test_log_holds_no_traceback(starter: Starter, whole: list[Trial]) -> None:
     assert whole
     assert "Traceback" not in starter.log.read_text()

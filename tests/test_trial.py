@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from autocompress.errors import BudgetError
 from autocompress.policy import LayerChoice, Policy
-from autocompress.trial import Budget, Evaluation, Limit, Measurement
+from autocompress.trial import Budget, Curve, Evaluation, Limit, Measurement
 
 DENSE = Measurement(bytes=4_000_000, macs=1_000_000, quality=0.9, loss=0.0, latency_ms=20.0)
 
@@ -255,7 +256,7 @@ def test_an_evaluation_survives_strict_json(evaluation: Evaluation) -> None:
 
 def test_what_was_not_measured_is_null() -> None:
     data = Evaluation(Policy(), 0, 0, "infeasible", Measurement(10, 20)).to_json()
-    unknown = dict.fromkeys(("quality", "loss", "latency_ms", "predicted_ms"))
+    unknown = dict.fromkeys(("quality", "loss", "latency_ms", "predicted_ms", "predicted_bytes"))
     assert data["measurement"] == {"bytes": 10, "macs": 20, **unknown}
     assert "policy" not in data
 
@@ -264,3 +265,10 @@ def test_a_failed_evaluation_keeps_its_traceback() -> None:
     failed = Evaluation(Policy(), 0, 1, "failed", error="Traceback\n  line", seconds=1.5)
     assert Evaluation.from_json(Policy(), json.loads(json.dumps(failed.to_json()))) == failed
     assert failed.to_json()["measurement"] is None
+
+
+def test_a_curve_survives_the_journal_and_others_do_not_name_one() -> None:
+    curve = Curve((5, 10), (1.25, 0.5), (0.1, 0.01), ((5, 0.75),))
+    trained = Evaluation(Policy(), 0, 1, "ok", Measurement(1, 2), curve=curve)
+    assert Evaluation.from_json(Policy(), json.loads(json.dumps(trained.to_json()))).curve == curve
+    assert "curve" not in replace(trained, curve=None).to_json()

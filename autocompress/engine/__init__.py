@@ -45,6 +45,7 @@ from autocompress.stored import Half, Quantised, Stored, StoredModel
 from autocompress.surgery import install, without
 from autocompress.task import Batch, Split, Task, length, probe
 from autocompress.trace import trace
+from autocompress.trial import Curve
 
 CALIBRATION_INPUTS = 512
 REESTIMATION_INPUTS = 128
@@ -62,10 +63,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """What `compress` made: `tensors` is the whole model as the file will hold it."""
+    """What `compress` made: `tensors` is the whole model as the file will hold it, `curve` that of its training."""
 
     policy: Policy
     tensors: StoredModel
+    curve: Curve | None = None
 
     def coded_lengths(self) -> dict[str, int]:
         """Bytes of each weight's codes when entropy coded: what the exact length of the file depends on."""
@@ -363,15 +365,16 @@ def compress(
     graph = bench.graph
     graph.check(policy)
     parent = bench.one_shot(policy)
-    state, weights = parent.state, parent.weights
+    state, weights, curve = parent.state, parent.weights, None
     if policy.recovery.epochs:
         course = _course(bench, policy, parent, progress, seed)
         state, weights = _recover(bench, policy, parent, course, checkpoint)
+        curve = course.record.curve()
     if policy.recovery.reestimate_bn and bench.eps and bench.calibration:
         silent = _silent(graph, state)
         found = _statistics(bench, {**state, **{n: s.dense() for n, s in weights.items()}}, parent)
         state = {**state, **{name: value for name, value in found.items() if name not in silent}}
-    return Compressed(policy, fold(weights, state, graph, policy, bench.eps))
+    return Compressed(policy, fold(weights, state, graph, policy, bench.eps), curve)
 
 
 def _statistics(bench: Workbench, state: Mapping[str, Tensor], parent: OneShot) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from autocompress.engine.precision import PLAIN, Precision
 from autocompress.engine.schedules import Plateau, learning_rate
 from autocompress.policy import Gradient, Recovery
 from autocompress.task import Batch, Task, arguments, length, to_device
+from autocompress.trial import Curve
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
 REPORTS_PER_EPOCH = 4
@@ -29,6 +30,8 @@ LARGEST_NORM = 2.0
 and up to 9 in the first steps after a cut to 2 bits: those are clipped."""
 STATISTICS = ("running_mean", "running_var")
 """What is averaged of the buffers: others are constants, and may be infinite."""
+CURVE_POINTS = 48
+"""Points of a training's curve: enough to see it, and few enough to stand in a journal."""
 LEAST_SCALE = 0.1
 """Share of its first size that a learning scale keeps: one that passed zero would turn its row's grid around."""
 
@@ -41,13 +44,47 @@ class Hints:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class Record:
+    """The curve of a training while it grows: means over equal stretches of steps."""
+
+    def __init__(self) -> None:
+        self._points: list[tuple[int, float, float]] = []
+        self._heard: list[tuple[int, float]] = []
+        self._sum, self._count = 0.0, 0
+
+    def add(self, step: int, total: int, loss: float, rate: float) -> None:
+        """Loss and rate of `step`, counted from 1."""
+        self._sum, self._count = self._sum + loss, self._count + 1
+        if step % max(1, -(-total // CURVE_POINTS)) == 0 or step == total:
+            self._points.append((step, self._sum / self._count, rate))
+            self._sum, self._count = 0.0, 0
+
+    def hear(self, step: int, quality: float) -> None:
+        """What the plateau adjustment was told."""
+        self._heard.append((step, quality))
+
+    def curve(self) -> Curve:
+        """What there is so far."""
+        steps, losses, rates = zip(*self._points, strict=True) if self._points else ((), (), ())
+        return Curve(steps, losses, rates, tuple(self._heard))
+
+    def state(self) -> list[Any]:
+        """Plain data for `restore`."""
+        return [self._points, self._heard, self._sum, self._count]
+
+    def restore(self, state: list[Any]) -> None:
+        """Become what `state` was taken of."""
+        points, heard, self._sum, self._count = state
+        self._points, self._heard = [tuple(p) for p in points], [tuple(h) for h in heard]
+
+
 @dataclass(frozen=True, eq=False)
 class Course:
     """What one training is: data, recipe, order, arithmetic, and who hears of it.
 
     Batches of epoch e come from `task.batches("train", seed + e)`. `validate(model)` gives the task's metric, which the
     plateau adjustment hears. `progress(step, total)` is called after each step. With `checkpoint`, a training that was
-    interrupted goes on after its last whole epoch.
+    interrupted goes on after its last whole epoch. `record` becomes its curve.
     """
 
     task: Task
@@ -59,6 +96,7 @@ class Course:
     validate: Callable[[nn.Module], float] | None = None
     progress: Callable[[int, int], None] | None = None
     checkpoint: Checkpoint | None = None
+    record: Record = field(default_factory=Record)
 
     @property
     def total(self) -> int:
@@ -285,7 +323,9 @@ class _Training:
         self._step += 1
         if self._plateau.factor < 1 and self._course.validate is not None and self._step % self._interval == 0:
             with self._learner.as_kept() as kept, torch.random.fork_rng(devices=[]):
-                self._plateau.report(float(self._course.validate(kept)))
+                quality = float(self._course.validate(kept))
+            self._plateau.report(quality)
+            self._course.record.hear(self._step, quality)
         if self._course.progress is not None:
             self._course.progress(self._step, self._course.total)
 
@@ -311,6 +351,7 @@ class _Training:
         normalise_gradients(self._learnt(), course.recovery.gradient)
         self._optimizer.step()
         learner.stepped()
+        course.record.add(self._step + 1, course.total, value, rate)
 
     # --- between epochs ---------------------------------------------------------------------------------
 
@@ -326,6 +367,7 @@ class _Training:
         average = self._learner.average
         facts: dict[str, Any] = {"step": self._step, "epoch": self._epoch, "updates": average.updates if average else 0}
         facts["plateau"] = [plateau.scale, plateau.best, plateau.bad, plateau.cooling]
+        facts["record"] = self._course.record.state()
         checkpoint.save(state, facts)
 
     def _resume(self) -> None:
@@ -340,5 +382,7 @@ class _Training:
                 self._optimizer.state[p]["momentum_buffer"] = state[f"momentum/{i}"]
         torch.set_rng_state(state["rng"])
         self._step, self._epoch = facts["step"], facts["epoch"]
+        if "record" in facts:
+            self._course.record.restore(facts["record"])
         plateau = self._plateau
         plateau.scale, plateau.best, plateau.bad, plateau.cooling = facts["plateau"]

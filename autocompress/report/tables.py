@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +14,12 @@ from typing import Any
 import pandas as pd
 
 from autocompress.ablation import read_ablation, summarise
+from autocompress.baselines import RANDOM, Baseline, read_baselines
 from autocompress.errors import AutocompressError
 from autocompress.front import Trial, Wish, feasible, front_of, nearest, pick
 from autocompress.journal import Journal
 from autocompress.policy import Recovery
+from autocompress.profile import Profile
 from autocompress.study import Settings, read_config
 from autocompress.trial import Budget, Measurement
 
@@ -39,11 +42,16 @@ COLUMNS = {
     "recipe": "str",
     "policy": "str",
     "artifact": "str",
+    "seconds": "float64",
+    "at": "float64",
+    "metric": "str",
 }
-"""Columns of `front.csv` and `trials.csv`, and keys of the rows that `--json` prints.
+"""Columns of `front.csv` and `trials.csv`, and keys of the rows that `--json` prints; `docs/numbers.md` describes each.
 
 `quality_before` and `bytes_before` are what the one-shot policy had that a recovery training began with (`parent`).
 """
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a cell must not begin with, or spreadsheets run it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,11 @@ class Run:
     latency_table: dict[str, Any] | None = None
     lessons: int = 0
     ablations: Sequence[dict[str, Any]] = ()
+    levels: Profile | None = None
+    details: dict[str, Any] | None = None
+    baselines: Sequence[Baseline] = ()
+    dates: tuple[str, str] | None = None
+    random: Run | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -97,15 +110,20 @@ class Run:
                 _latency_table(journal),
                 len(journal.fact("lessons") or ()),
                 _ablations(folder),
+                _levels(journal),
+                journal.fact("details"),
+                read_baselines(folder),
+                journal.dates(),
+                _random(folder),
             )
 
-    @property
+    @cached_property
     def front(self) -> list[Trial]:
         """Feasible non-dominated trials, smallest first; of all trials if none is feasible."""
         fits = feasible(self.trials, self.budget) or self.trials
         return front_of(fits, self.direction, latency=self.budget.ms is not None)
 
-    @property
+    @cached_property
     def picked(self) -> Trial | None:
         """Best quality within the budget."""
         return pick(self.trials, self.direction, Wish(), self.budget) if feasible(self.trials, self.budget) else None
@@ -131,7 +149,7 @@ class Run:
 
     def row(self, trial: Trial) -> dict[str, Any]:
         """`row` of a trial of this run."""
-        return row(trial, self.budget, self.parents)
+        return row(trial, self.budget, self.parents, self.metric)
 
     @property
     def evaluations(self) -> int:
@@ -139,7 +157,7 @@ class Run:
         return sum(t.evaluation.status != "infeasible" and t.evaluation.copy_of is None for t in self.trials)
 
 
-def row(trial: Trial, budget: Budget, parents: Mapping[str, Trial]) -> dict[str, Any]:
+def row(trial: Trial, budget: Budget, parents: Mapping[str, Trial], metric: str = "") -> dict[str, Any]:
     """One `ok` trial under the names of `COLUMNS`; `parents` are one-shot trials by the key of their policy."""
     measured, evaluation = trial.measured, trial.evaluation
     recovery = evaluation.policy.recovery
@@ -163,6 +181,9 @@ def row(trial: Trial, budget: Budget, parents: Mapping[str, Trial]) -> dict[str,
         "recipe": recipe_text(recovery) if recovery.epochs else "",
         "policy": evaluation.policy.key(),
         "artifact": trial.artifact,
+        "seconds": evaluation.seconds,
+        "at": trial.at,
+        "metric": metric,
     }
 
 
@@ -183,11 +204,22 @@ def recipe_text(recovery: Recovery) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def table(trials: Sequence[Trial], budget: Budget, parents: Mapping[str, Trial]) -> pd.DataFrame:
+def table(trials: Sequence[Trial], budget: Budget, parents: Mapping[str, Trial], metric: str = "") -> pd.DataFrame:
     """Measured trials with typed columns; copies of others are left out."""
     measured = (t for t in trials if t.evaluation.status == "ok" and t.evaluation.copy_of is None)
-    rows = [row(trial, budget, parents) for trial in measured]
+    rows = [row(trial, budget, parents, metric) for trial in measured]
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def csv_bytes(frame: pd.DataFrame) -> bytes:
+    """The table as CSV in which no text is a formula: what would be one is preceded by an apostrophe."""
+    text = [name for name, kind in COLUMNS.items() if kind == "str"]
+    safe = frame.assign(**{name: [_text_cell(value) for value in frame[name]] for name in text})
+    return safe.to_csv(index=False, lineterminator="\n").encode()
+
+
+def _text_cell(value: str) -> str:
+    return f"'{value}" if value.startswith(_FORMULA) else value
 
 
 def plain(value: Any) -> Any:
@@ -241,6 +273,20 @@ def _profile(journal: Journal) -> dict[str, Any] | None:
     }
 
 
+def _levels(journal: Journal) -> Profile | None:
+    """The profile that the solver began with."""
+    profile = journal.fact("profile")
+    return None if profile is None else Profile.from_json(profile)
+
+
+def _random(folder: Path) -> Run | None:
+    """The random search that `report --baselines` ran beside this run; None if there is none to show."""
+    try:
+        return Run.read(folder / RANDOM) if (folder / RANDOM).is_dir() else None
+    except AutocompressError:
+        return None
+
+
 def _latency_table(journal: Journal) -> dict[str, Any] | None:
     """Where the run's table of layer times is from, what it took, and how far its predictions are off."""
     table = journal.fact("latency_table")
@@ -264,6 +310,13 @@ def _ablations(folder: Path) -> list[dict[str, Any]]:
     """What `autocompress ablate` found, by trial; what cannot be read is left out."""
     found = [read_ablation(path) for path in folder.glob("ablation-trial-*.json")]
     return sorted((summarise(a) for a in found if a is not None), key=lambda a: int(a["trial"]))
+
+
+def markdown(text: str) -> str:
+    """A text as it is, inside Markdown: on one line, and with nothing that marks up."""
+    line = " ".join(str(text).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]()#!|~$])", r"\\\1", line)
 
 
 def size_text(count: float) -> str:

@@ -73,6 +73,9 @@ def architecture(depth: int = 20) -> nn.Module:
     return ResNet(depth).eval()
 
 
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
 class Cifar10Task(ClassificationTask):
     """Images are kept as bytes and normalised per batch; `train` is cropped and flipped at random."""
 
@@ -80,6 +83,10 @@ class Cifar10Task(ClassificationTask):
         """uint8 (n, 3, 32, 32) to normalised float32."""
         mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
         return (inputs.float() / 255 - mean) / std
+
+    def class_name(self, number: int) -> str:
+        """The class's name."""
+        return CLASSES[number]
 
 
 def crop_and_flip(inputs: Tensor, generator: torch.Generator) -> Tensor:

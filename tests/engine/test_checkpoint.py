@@ -98,6 +98,14 @@ def test_the_first_epoch_starts_anew(tmp_path: Path) -> None:
     assert equal(tensors(fresh(), policy(), checkpoint=path), tensors(fresh(), policy()))
 
 
+def test_the_curve_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = compress(fresh(), policy()).curve
+    path = tmp_path / "training"
+    interrupted(path, STEPS + 1, policy())
+    assert whole is not None
+    assert compress(fresh(), policy(), checkpoint=path).curve == whole
+
+
 def test_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
     assert equal(tensors(fresh(), policy(), checkpoint=tmp_path / "a"), tensors(fresh(), policy()))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,17 +17,20 @@ from autocompress.engine import finetune
 from autocompress.engine.constraint import Constraint
 from autocompress.engine.distill import Teacher
 from autocompress.engine.finetune import (
+    CURVE_POINTS,
     LARGEST_NORM,
     LEAST_SCALE,
     MOMENTUM,
     WEIGHT_DECAY,
     Course,
     Hints,
+    Record,
     normalise_gradients,
     train,
 )
 from autocompress.engine.prune import magnitude_mask
 from autocompress.engine.quantize import Grid, fit_grid, quantise
+from autocompress.engine.schedules import factor
 from autocompress.policy import Decay, Gradient, LayerChoice, Recovery
 
 STEPS = 4
@@ -75,6 +79,23 @@ def trained(
     course = Course(task, recovery, STEPS, seed, hints or Hints(), **more)
     train(student, Teacher(teacher_of(task)), constraints or {}, course)
     return student
+
+
+def test_the_curve_has_mean_losses_and_the_rates_that_were_used() -> None:
+    recovery = Recovery(epochs=20, lr=0.05, decay="cosine", decay_rate=0.1, adjust_factor=0.5, distill_weight=0.0)
+    record, total = Record(), 20 * STEPS
+    trained(recovery, record=record, validate=lambda _: 0.5)
+    curve = record.curve()
+    width = -(-total // CURVE_POINTS)
+    assert list(curve.step) == [*range(width, total, width), total]
+    assert len(curve.step) == len(curve.loss) == len(curve.lr) <= CURVE_POINTS
+    plain = [recovery.lr * factor(recovery, step - 1, total) for step in curve.step]
+    halvings = [math.log2(b / a) for a, b in zip(curve.lr, plain, strict=True)]
+    assert halvings[0] == 0
+    assert halvings == pytest.approx([round(h) for h in sorted(halvings)], abs=1e-9)  # a plateau only halves it
+    assert halvings[-1] > 0
+    assert curve.loss[-1] < curve.loss[0]
+    assert {value for _, value in curve.heard} == {0.5}
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
