@@ -41,7 +41,7 @@ def test_what_is_said_of_the_run_is_in_its_journal(example: tuple[Path, Run]) ->
     section = (REPORTS / "README.md").read_text(encoding="utf-8").split(f"\n## {kept.name}\n")[1].split("\n## ")[0]
     assert run.picked is not None
     m = run.picked.measured
-    said = re.search(r"Picked: trial (\d+), ([\d,]+) bytes, val ([\d.]+), test ([\d.]+)", section)
+    said = re.search(r"Picked: trial (\d+), ([\d,]+) bytes, val ([\d.]+), test (\d\.\d+)", section)
     assert said is not None
     assert said.groups() == (
         str(run.picked.number),

@@ -102,7 +102,10 @@ def _paper_marks(axes: Axes, run: Run, low: float) -> None:
         chosen = run.picked.measured
         axes.plot(chosen.bytes, chosen.quality, "o", ms=13, mfc="none", mec=ORANGE, mew=2, zorder=5)
         text = f"picked: {size_text(chosen.bytes)}, {chosen.quality:.4g}"
-        _beside(axes, text, (chosen.bytes, chosen.quality), (-6, 9), "#A06000", ha="right")
+        least, most = min(t.measured.bytes for t in run.front), max(run.dense.bytes, chosen.bytes)
+        room = math.log(chosen.bytes / least) > 0.3 * math.log(most / least)  # for the words on its left
+        offset, side = ((-6, 9), "right") if room else ((6, 9), "left")
+        _beside(axes, text, (chosen.bytes, chosen.quality), offset, "#A06000", ha=side)
 
 
 def _beside(axes: Axes, text: str, at: tuple[float, float], offset: tuple[int, int], colour: str, **more: Any) -> None:
