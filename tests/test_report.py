@@ -241,7 +241,7 @@ def test_baselines_stand_in_picture_page_and_summary(finished: Run) -> None:
     known = [Baseline("uniform 4 bits", replace(finished.dense, bytes=900, quality=finished.dense.quality - 0.01))]
     beside = replace(finished, baselines=known)
     drawn = trace(json.loads(front_figure(beside).to_json()), "baselines")
-    assert drawn["text"] == ["4 bits"]
+    assert drawn["text"] == ["uniform 4 bits"]
     assert (drawn["x"], drawn["y"]) == ([900], [known[0].measurement.quality])
     assert "| uniform 4 bits | " in summary_text(beside)
     assert front_picture(beside, "svg") != front_picture(finished, "svg")

@@ -8,6 +8,11 @@ const charts = (() => {
   const touch = matchMedia("(pointer: coarse)").matches;
   const dark = matchMedia("(prefers-color-scheme: dark)");
   let printing = false;
+  // on a phone, words beside each baseline would lie over each other: one tells what they all are
+  if (innerWidth < 600) for (const name of ["size", "latency"]) {
+    const t = figures[name] && figures[name].data.find((t) => t.name === "baselines");
+    if (t) t.text = t.text.map((text) => (text.startsWith("uniform") ? "uniform" : ""));
+  }
 
   function theme() {
     const night = dark.matches && !printing;

@@ -151,7 +151,7 @@ def _answer(run: Run, trial: Trial) -> list[tuple[str, str, str, str, str]]:
         (f"{run.metric} on test", quality_text(trial.quality_test), "–", "", "none"),
         ("file", size_text(m.bytes), size_text(dense.bytes), smaller, kept(m.bytes, limit.bytes, size)),
         ("latency", f"{m.latency_ms:.3g} ms", f"{dense.latency_ms:.3g} ms", faster, kept(m.latency_ms, limit.ms, ms)),
-        ("multiply-accumulates", f"{m.macs:,}", f"{dense.macs:,}", lighter, kept(m.macs, limit.macs, macs)),
+        ("MACs", f"{m.macs:,}", f"{dense.macs:,}", lighter, kept(m.macs, limit.macs, macs)),
     ]  # fmt: skip
 
 

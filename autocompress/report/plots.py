@@ -81,11 +81,13 @@ def _paper_points(axes: Axes, run: Run, low: float, high: float) -> None:
     for trained, marker in ((False, "o"), (True, "D")):
         members = [t for t in run.front if bool(t.evaluation.rung) == trained]
         dots(members, marker, ms=5.5, color=BLUE, mec="white", mew=0.6, zorder=4)
+    names = baseline_names(run)
     for baseline in run.baselines:
         m = baseline.measurement
         if low <= m.quality <= high:
             axes.plot(m.bytes, m.quality, "s", ms=5, color=PURPLE, zorder=3)
-            _beside(axes, baseline.name, (m.bytes, m.quality), (0, -11), PURPLE, fontsize=8)
+            above = 6 if "zeros" in baseline.name else -13
+            _beside(axes, names[baseline.name], (m.bytes, m.quality), (0, above), PURPLE, fontsize=8)
 
 
 def _paper_marks(axes: Axes, run: Run, low: float) -> None:
@@ -95,18 +97,27 @@ def _paper_marks(axes: Axes, run: Run, low: float) -> None:
     if run.budget.bytes is not None:
         axes.axvline(run.budget.bytes, color=RED, lw=1, ls="--")
         text = f"budget {size_text(run.budget.bytes)}"
-        _beside(axes, text, (run.budget.bytes, low), (-4, 4), RED, ha="right", rotation=90)
+        _beside(axes, text, (run.budget.bytes, low), (4, 4), RED, ha="left", rotation=90, fontsize=9)
     if run.picked is not None:
         chosen = run.picked.measured
         axes.plot(chosen.bytes, chosen.quality, "o", ms=13, mfc="none", mec=ORANGE, mew=2, zorder=5)
         text = f"picked: {size_text(chosen.bytes)}, {chosen.quality:.4g}"
-        _beside(axes, text, (chosen.bytes, chosen.quality), (0, 11), "#A06000")
+        least, most = min(t.measured.bytes for t in run.front), max(run.dense.bytes, chosen.bytes)
+        room = math.log(chosen.bytes / least) > 0.3 * math.log(most / least)  # for the words on its left
+        offset, side = ((-6, 9), "right") if room else ((6, 9), "left")
+        _beside(axes, text, (chosen.bytes, chosen.quality), offset, "#A06000", ha=side)
 
 
 def _beside(axes: Axes, text: str, at: tuple[float, float], offset: tuple[int, int], colour: str, **more: Any) -> None:
     """Words at a place, moved by `offset` points."""
     shown: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "color": colour, **more}
     axes.annotate(_safe(text), at, xytext=offset, **shown)
+
+
+def baseline_names(run: Run) -> dict[str, str]:
+    """What baselines are called on a chart: only the largest says that it is uniform."""
+    largest = max(run.baselines, key=lambda b: b.measurement.bytes, default=None)
+    return {b.name: b.name if b is largest else b.name.removeprefix("uniform ") for b in run.baselines}
 
 
 def _safe(text: str) -> str:
@@ -205,7 +216,7 @@ def front_figure(run: Run, x: str = "bytes") -> go.Figure:
     if limit is not None:
         text = f"budget {size_text(limit) if x == 'bytes' else f'{limit:.3g} ms'}"
         figure.add_vline(x=limit, line={"color": RED, "dash": "dash", "width": 1.5})
-        _label(figure, math.log10(limit), 0, text, RED, yref="paper", textangle=-90, xanchor="right")
+        _label(figure, math.log10(limit), 0, text, RED, yref="paper", textangle=-90)
     titles = {"bytes": "file size, bytes (log)", "latency_ms": "latency, ms (log)"}
     figure.update_xaxes(type="log", title=titles[x], **(_SIZE_TICKS if x == "bytes" else {}))
     figure.update_yaxes(title=_axis_name(run), range=list(quality_range(run)))
@@ -285,6 +296,7 @@ def _baseline_points(figure: go.Figure, run: Run, x: str) -> None:
     sign = 1 if run.direction == "max" else -1
     known = [b for b in run.baselines if getattr(b.measurement, x) > 0]
     names = [html.escape(b.name) for b in known]
+    short = baseline_names(run)
     inside = [low <= b.measurement.quality <= high for b in known]
     edge = low if sign > 0 else high
     figure.add_trace(
@@ -294,10 +306,10 @@ def _baseline_points(figure: go.Figure, run: Run, x: str) -> None:
             mode="markers+text",
             name="baselines",
             text=[
-                n.removeprefix("uniform ") + ("" if fits else " (off the chart)")
-                for n, fits in zip(names, inside, strict=True)
+                html.escape(short[b.name]) + ("" if fits else " (off the chart)")
+                for b, fits in zip(known, inside, strict=True)
             ],
-            textposition="bottom center" if sign > 0 else "top center",
+            textposition=["top center" if "zeros" in b.name else "bottom center" for b in known],
             textfont={"color": PURPLE, "size": 11},
             marker={"color": PURPLE, "size": 9, "symbol": ["square" if fits else "triangle-down" for fits in inside]},
             hovertext=[

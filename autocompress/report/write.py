@@ -27,9 +27,12 @@ def summary_text(run: Run) -> str:
     shown = run.picked or run.nearest
     found = environment(autoescape=False)
     found.filters["md"] = markdown
-    return found.get_template("summary.md.j2").render(
-        run=run,
-        shown=run.row(shown) if shown else None,
-        rows=[run.row(trial) for trial in run.front] if shown else [],
-        failed=sum(t.evaluation.status == "failed" for t in run.trials),
+    return (
+        found.get_template("summary.md.j2").render(
+            run=run,
+            shown=run.row(shown) if shown else None,
+            rows=[run.row(trial) for trial in run.front] if shown else [],
+            failed=sum(t.evaluation.status == "failed" for t in run.trials),
+        )
+        + "\n"
     )
