@@ -52,7 +52,8 @@ SAFE = 0.5
 """After a training diverged, later ones stay below this share of its learning rate."""
 AGAIN = 0.5
 """Share of proposals that take the recipe that was worth most so far, on another policy, instead of a new one."""
-RIDGE = 1.0
+RIDGE = 0.1
+"""In square octaves. More of it leaves a recipe that was tried on a small file the credit for what small files gain."""
 FAR = 0.5
 """What an octave of epochs or bytes away from where a proposal is for costs a lesson, in standard deviations."""
 

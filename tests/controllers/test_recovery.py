@@ -141,6 +141,17 @@ def test_small_files_gain_more_and_that_is_not_held_for_a_better_recipe() -> Non
     assert draws[2.0] < draws[0.0] + 0.2
 
 
+def test_one_training_of_a_small_file_does_not_make_its_recipe_the_best() -> None:
+    """Four trainings as a first search leaves them; the second recipe is a little better, small files gain much."""
+    recipes = after(WIDE, lambda r: 0.0, len(RECIPES))[:4]  # noqa: ARG005
+    better = (0.0, -0.04, 0.02, 0.0)
+    known = [
+        Lesson(recipe, share, 0.35 * math.log2(share / 0.04) - 0.35 + effect)
+        for recipe, share, effect in zip(recipes, (0.0393, 0.0385, 0.0128, 0.0224), better, strict=True)
+    ]
+    assert after(WIDE, lambda r: 0.0, 1, known) == [recipes[1]]  # noqa: ARG005
+
+
 def test_best_of_earlier_runs_goes_first_and_what_they_tried_is_not_tried_again() -> None:
     first = after(WIDE, lambda r: 0.0, len(RECIPES))  # noqa: ARG005
     earlier = [Lesson(recovery, 0.05, gain) for recovery, gain in zip(first, (-0.1, -0.3, -0.2), strict=False)]
