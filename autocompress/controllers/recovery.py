@@ -43,6 +43,7 @@ USUAL: dict[str, Value] = {
 RECIPES: tuple[dict[str, Value], ...] = (
     {"distill_weight": 1.0},
     {"distill_weight": 1.0, "lr": 0.04, "decay": "one-cycle", "warmup": 0.1},
+    {"distill_weight": 1.0, "lr": 0.005},  # what lost little is disturbed by more than this
     {"distill_weight": 1.0, "scales": "learned", "ema": 0.99},
     {},
     {"distill_weight": 1.0, "gradient": "centralise", "lr": 0.01},
