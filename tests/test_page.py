@@ -202,9 +202,8 @@ def crowded(run: Run, count: int) -> Run:
 def test_two_thousand_trials_open_in_two_seconds(page: Browser, run: Run, tmp_path: Path) -> None:
     write(tmp_path / "report.html", render(crowded(run, 2000)).encode())
     opened(page, tmp_path / "report.html")
-    first = int(page.js("document.documentElement.dataset.ready"))
+    assert page.worked() < 2.0  # of one processor, whatever else it does
     assert page.js("document.getElementById('chart-size')._fullData[0].x.length") > 1900
-    assert first < 6000  # of milliseconds; a third of it on a quiet machine, which the benchmark says
     assert (tmp_path / "report.html").stat().st_size < 7_000_000
 
 
