@@ -25,7 +25,7 @@ from autocompress.trial import Evaluation, Measurement
 class Job(NamedTuple):
     """A policy, its rung, where to keep its artifact, and whether to score it on a part of `val` only.
 
-    `checkpoint` is where its recovery training can be interrupted and go on.
+    `checkpoint` is where its recovery training can be interrupted and go on; `number` is its trial's.
     """
 
     policy: Policy
@@ -33,10 +33,11 @@ class Job(NamedTuple):
     keep: Path | None = None
     screen: bool = False
     checkpoint: Path | None = None
+    number: int = 0
 
 
-Evaluate = Callable[[Job], Evaluation]
-"""What a runner runs, and what tests fake."""
+Evaluate = Callable[[Job, Progress], Evaluation]
+"""What a runner runs, and what tests fake; the second hears of training steps."""
 
 
 class Evaluator:
@@ -146,6 +147,10 @@ class Evaluator:
                 seconds=time.perf_counter() - start,
                 screened=screened,
             )
+
+    def run(self, job: Job, progress: Progress | None = None) -> Evaluation:
+        """Evaluate a job."""
+        return self(job.policy, job.rung, job.keep, progress, screen=job.screen, checkpoint=job.checkpoint)
 
     def build(
         self,

@@ -1,6 +1,7 @@
 """The one truth about a run: a SQLite ledger, one row per trial, each committed to disk before anything else happens.
 
-A killed process loses at most the trial in flight, whose row says `running`. Knows nothing about what the rows mean.
+A killed process loses at most the trials in flight, whose rows say `running`; results that wait for their turn to be
+told say `evaluated`. Knows nothing about what the rows mean.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -21,17 +22,48 @@ from autocompress.front import Trial
 from autocompress.policy import Policy
 from autocompress.trial import Evaluation
 
-SCHEMA = 3
-READABLE = (2, 3)
-"""Rows of schema 2 lack the seconds at which they were finished, the curves of trainings and predicted bytes."""
+SCHEMA = 4
+READABLE = (2, 3, 4)
+"""Rows of schema 2 lack the seconds at which they were finished, the curves of trainings and predicted bytes; 2 and 3
+knew one trial at a time: rows were told in the order of their numbers."""
 FILE = "journal.sqlite"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS trials (
     number INTEGER PRIMARY KEY, state TEXT NOT NULL, rung INTEGER NOT NULL, key TEXT NOT NULL,
     policy TEXT NOT NULL, evaluation TEXT, attempts INTEGER NOT NULL DEFAULT 1,
-    quality_test REAL, artifact TEXT, final_ms REAL, finished TEXT);
+    quality_test REAL, artifact TEXT, final_ms REAL, finished TEXT,
+    screened INTEGER NOT NULL DEFAULT 0, asked INTEGER NOT NULL DEFAULT 0, told INTEGER);
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+
+
+_ADDED = f"""
+ALTER TABLE trials ADD COLUMN screened INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE trials ADD COLUMN asked INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE trials ADD COLUMN told INTEGER;
+UPDATE trials SET asked = number;
+UPDATE trials SET told = number WHERE state != 'running';
+UPDATE facts SET value = {SCHEMA} WHERE name = 'schema';
+"""
+
+
+class Row(NamedTuple):
+    """A trial that was not told yet: it runs, was running when its process died, or waits with its result."""
+
+    number: int
+    policy: Policy
+    rung: int
+    screened: bool
+    evaluation: Evaluation | None
+
+
+class Begun(NamedTuple):
+    """When a trial began: after `asked` others had been told."""
+
+    number: int
+    rung: int
+    screened: bool
+    asked: int
 
 
 class Journal:
@@ -39,6 +71,7 @@ class Journal:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = connection
+        self._told = 0
 
     @classmethod
     @contextmanager
@@ -59,7 +92,9 @@ class Journal:
                 if journal.fact("schema") is None:
                     journal.set_fact("schema", SCHEMA)
                 journal._check_schema(folder)
-                journal.set_fact("schema", SCHEMA)  # what is written from now on, older versions cannot read
+                if journal.fact("schema") != SCHEMA:  # older versions cannot read what is written from now on
+                    journal._db.executescript(f"BEGIN;{_ADDED}COMMIT;")
+                journal._told = journal._db.execute("SELECT COALESCE(MAX(told), -1) + 1 FROM trials").fetchone()[0]
                 yield journal
         finally:
             lock.release()
@@ -121,38 +156,45 @@ class Journal:
 
     # --- trials ---
 
-    def begin(self, number: int, policy: Policy, rung: int) -> int:
+    def begin(self, number: int, policy: Policy, rung: int, *, screened: bool = False, counted: bool = True) -> int:
         """Write that trial `number` is about to run; how often that has been tried, this time included.
 
-        A row that a dead process left `running` under this number is taken over.
+        A row that a dead process left `running` under this number is taken over. A try that is not `counted` takes the
+        place of the last one: what ended that one had nothing to do with the trial.
         """
         row = self._db.execute(
-            "INSERT INTO trials (number, state, rung, key, policy) VALUES (?, 'running', ?, ?, ?) "
+            "INSERT INTO trials (number, state, rung, key, policy, screened, asked) "
+            "VALUES (?, 'running', ?, ?, ?, ?, ?) "
             "ON CONFLICT (number) DO UPDATE SET rung = excluded.rung, policy = excluded.policy, "
-            "attempts = CASE WHEN key = excluded.key THEN attempts + 1 ELSE 1 END, key = excluded.key "
-            "WHERE state = 'running' RETURNING attempts",
-            (number, rung, policy.key(), json.dumps(policy.to_json())),
+            "attempts = CASE WHEN key = excluded.key THEN attempts + ? ELSE 1 END, key = excluded.key, "
+            "screened = excluded.screened WHERE state = 'running' RETURNING attempts",
+            (number, rung, policy.key(), json.dumps(policy.to_json()), screened, self._told, counted),
         ).fetchone()
         if row is None:
             raise RunError(f"trial {number} is already finished")
         return int(row[0])
 
+    def arrive(self, number: int, evaluation: Evaluation) -> None:
+        """Write what became of a trial that is told later: a process that dies before need not run it again."""
+        self._write(number, evaluation.to_json(), "evaluated", None)
+
     def finish(self, number: int, evaluation: Evaluation, seconds: float = 0.0) -> None:
-        """Write what became of a trial, and the run's seconds so far; a trial is finished once."""
+        """Write what became of a trial, that it is told next, and the run's seconds so far; it is finished once."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._finish(number, evaluation.to_json() | {"at": round(seconds, 3)}, evaluation.status)
+            self._write(number, evaluation.to_json() | {"at": round(seconds, 3)}, evaluation.status, self._told)
             self.set_fact("seconds", seconds)
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+        self._told += 1
 
-    def _finish(self, number: int, evaluation: dict[str, Any], status: str) -> None:
+    def _write(self, number: int, evaluation: dict[str, Any], state: str, told: int | None) -> None:
         done = self._db.execute(
-            "UPDATE trials SET state = ?, evaluation = ?, finished = datetime('now') "
-            "WHERE number = ? AND state = 'running'",
-            (status, json.dumps(evaluation), number),
+            "UPDATE trials SET state = ?, evaluation = ?, told = ?, finished = datetime('now') "
+            "WHERE number = ? AND state IN ('running', 'evaluated')",
+            (state, json.dumps(evaluation), told, number),
         )
         if done.rowcount != 1:
             raise RunError(f"trial {number} is already finished")
@@ -170,15 +212,53 @@ class Journal:
         return None if first is None else (str(first), str(last))
 
     def trials(self) -> list[Trial]:
-        """Finished trials, in order."""
+        """Finished trials, in order of their numbers."""
+        return self._finished("number")
+
+    def told(self) -> list[Trial]:
+        """Finished trials, in the order in which they were told."""
+        return self._finished("told")
+
+    def _finished(self, order: str) -> list[Trial]:
         rows = self._db.execute(
             "SELECT number, policy, evaluation, quality_test, artifact, final_ms FROM trials "
-            "WHERE state != 'running' ORDER BY number"
+            f"WHERE state NOT IN ('running', 'evaluated') ORDER BY {order}"
         ).fetchall()
-        try:
+        with _sense():
             return [_trial(*row) for row in rows]
-        except (KeyError, TypeError, ValueError, AttributeError, AutocompressError) as error:
-            raise RunError(f"the journal holds a row that cannot be read: {error}") from error
+
+    def untold(self) -> list[Row]:
+        """Trials that a dead process left running, or evaluated and not told, in order of their numbers."""
+        rows = self._db.execute(
+            "SELECT number, policy, rung, screened, evaluation FROM trials "
+            "WHERE state IN ('running', 'evaluated') ORDER BY number"
+        ).fetchall()
+        with _sense():
+            return [_row(*row) for row in rows]
+
+    def begun(self) -> list[Begun]:
+        """All trials, in the order in which they began."""
+        rows = self._db.execute("SELECT number, rung, screened, asked FROM trials ORDER BY asked, number").fetchall()
+        return [Begun(number, rung, bool(screened), asked) for number, rung, screened, asked in rows]
+
+    def next_number(self) -> int:
+        """The number of the first trial that never began."""
+        return int(self._db.execute("SELECT COALESCE(MAX(number), -1) + 1 FROM trials").fetchone()[0])
+
+
+@contextmanager
+def _sense() -> Iterator[None]:
+    """`RunError` for rows that make none."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, AutocompressError) as error:
+        raise RunError(f"the journal holds a row that cannot be read: {error}") from error
+
+
+def _row(number: int, policy: str, rung: int, screened: int, evaluation: str | None) -> Row:
+    known = Policy.from_json(json.loads(policy))
+    result = None if evaluation is None else Evaluation.from_json(known, json.loads(evaluation))
+    return Row(number, known, rung, bool(screened), result)
 
 
 _DATES = "SELECT MIN(finished), MAX(finished) FROM trials WHERE finished IS NOT NULL"

@@ -235,7 +235,7 @@ class Climb:
     """The rungs of a run, as far as its `trials` tell of them; these may grow meanwhile.
 
     `epochs` are those of each rung, `first` the trainings that the first may get. `timed` stands for the pace while no
-    training has told it.
+    training has told it. `running` are policies that train now, with their rungs, on `workers` that share the work.
     """
 
     trials: Sequence[Trial]
@@ -245,6 +245,8 @@ class Climb:
     first: int
     timed: Pace | None = None
     left: float = math.inf
+    running: Sequence[tuple[Policy, int]] = ()
+    workers: int = 1
 
     def next_step(self, left: float) -> Step | None:
         """What to train next with `left` seconds; None if nothing is left, or not enough time for it."""
@@ -271,17 +273,17 @@ class Climb:
                 fits = e.status == "ok" and self.budget.excess(t.measured) <= 0
                 point = objectives(t, self.direction, latency=latency) if fits else None
                 found.append(Member(e.policy, e.rung, point))
-        return found
+        return found + [Member(policy, rung, done=False) for policy, rung in self.running]
 
     def starts(self) -> int:
         """How many more may start: of those asked for, who can climb to the last rung in the time that is left."""
         made, pace, first = self._made(), self.pace(), self.first
         if pace is not None and made:
-            first = affordable(first, made, self.epochs, pace, self.left)
+            first = affordable(first, made, self.epochs, pace, self.workers * self.left)
         return max(0, min(first - sum(made[:1]), len(self.untried())))
 
     def _made(self) -> list[int]:
-        """Trainings of each rung so far."""
+        """Trainings of each rung so far, those that run included."""
         rungs = [m.rung for m in self.members()]
         return [rungs.count(rung) for rung in range(1, len(self.epochs) + 1)]
 
@@ -337,7 +339,8 @@ class Climb:
         seconds = None if pace is None else pace.total(left, self.epochs)
         if seconds is not None and pace is not None and running:
             seconds = max(0.0, seconds - pace.of(self.epochs[running - 1]))
-        return sum(made), sum(made) + sum(left), seconds
+        done = sum(made) - len(self.running)
+        return done, sum(made) + sum(left), None if seconds is None else seconds / self.workers
 
     def pace(self) -> Pace | None:
         """What the trainings of this run took, at first what was `timed`."""

@@ -16,7 +16,9 @@ import resource
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -33,14 +35,16 @@ from autocompress.engine.precision import Precision
 from autocompress.errors import AutocompressError, NothingFits, RunError
 from autocompress.evaluate import Evaluator, Job
 from autocompress.files import cache_folder, write
+from autocompress.flight import Flight
 from autocompress.front import Trial, Wish, feasible, front_of, non_dominated, pick
 from autocompress.journal import FILE, Journal
 from autocompress.lessons import Lesson, keep_lessons, lessons_of, read_lessons
 from autocompress.measure.latency_table import LatencyTable, read_table
 from autocompress.policy import Policy
 from autocompress.profile import Profile, measure, profile_key, with_groups
-from autocompress.rungs import TRAINING_ROOM, Climb, Pace, at_epochs, ladder, plan_text
-from autocompress.runners.local import LocalRunner, Runner
+from autocompress.rungs import TRAINING_ROOM, Climb, Pace, Step, at_epochs, ladder, plan_text
+from autocompress.runners.base import Runner
+from autocompress.runners.local import LocalRunner
 from autocompress.space import Space, SpaceFile, load_space
 from autocompress.target import FORMATS, OnnxTarget, Place
 from autocompress.task import Task, details, load_task
@@ -71,6 +75,8 @@ class Settings:
     `threads` threads on `batch` inputs, or looked up in the `latency_table` of another machine. `epochs` are those of
     the last rung of recovery training, `recoveries` the trainings of the first (None: one for ten trials, at least 2);
     a `fresh` run learns nothing from what earlier ones of the same model found out about recovery training.
+    `deterministic` trials at a time are told in order, so that the search does not depend on the number of workers; 0
+    tells each as it comes.
     """
 
     task: str
@@ -88,12 +94,13 @@ class Settings:
     threads: int = 1
     batch: int = 1
     latency_table: str | None = None
+    deterministic: int = 0
 
     def __post_init__(self) -> None:
         if self.format not in ("", *FORMATS):
             raise AutocompressError(f"--format is {self.format!r}; it must be one of {', '.join(FORMATS)}")
-        lows = (("trials", 1), ("epochs", 0), ("recoveries", 1), ("seed", 0), ("threads", 1), ("batch", 1))
-        for name, low in lows:
+        lows = {"trials": 1, "epochs": 0, "recoveries": 1, "seed": 0, "threads": 1, "batch": 1, "deterministic": 0}
+        for name, low in lows.items():
             value = getattr(self, name)
             if value is not None and not low <= value < 2**31:
                 raise AutocompressError(f"--{name} is {value}; it must be {low} or more, and below 2^31")
@@ -167,7 +174,7 @@ Watch = Callable[[Progress], None]
 
 
 class Study:
-    """One search on an open journal. `stop()` ends it after the trial in flight."""
+    """One search on an open journal. `stop()` ends it after the trials in flight."""
 
     def __init__(
         self,
@@ -188,14 +195,32 @@ class Study:
         self._start, self._timeout = time.monotonic(), timeout
         self._stopped = False
         self._trained = 0.0
-        self._recovering = (0.0, 0, 0, 0.0)  # when the training in flight began, done, in all, seconds of later ones
-        self.trials = journal.trials()
+        self._recovering: dict[int, tuple[float, int, int, float]] = {}  # see `_began`
+        self.trials: list[Trial] = []
+        """In the order in which they were told."""
+        self._flight = Flight(settings.deterministic)
+        self._left, self._next = journal.untold(), journal.next_number()
+        self._place: dict[int, int] = {}
         self._known: dict[tuple[str, bool], Trial] = {}
-        for trial in self.trials:
+        self._evaluated = self._searched = 0
+        self._elite: list[Trial] = []
+        for trial in journal.told():
             self._remember(trial)
         self._before: float = journal.fact("seconds") or 0.0
         self.warnings: list[str] = list(journal.fact("warnings") or ())
-        controller.restore(trial.evaluation for trial in self.trials)
+        controller.restore(self._past())
+
+    def _past(self) -> Iterator[Policy | Evaluation]:
+        """What the controller was asked for and told before, in that order."""
+        policies = {row.number: row.policy for row in self._left}
+        policies |= {trial.number: trial.evaluation.policy for trial in self.trials}
+        screens = self.evaluator.screens  # then what is not screened is a promotion
+        begun = deque(b for b in self._journal.begun() if b.rung == 1 or (not b.rung and b.screened == screens))
+        for told, trial in enumerate(self.trials):
+            while begun and begun[0].asked <= told:
+                yield policies[begun.popleft().number]
+            yield trial.evaluation
+        yield from (policies[b.number] for b in begun)
 
     # --- what every stage shares ---
 
@@ -205,7 +230,7 @@ class Study:
         return self._before + self.seconds
 
     def stop(self) -> None:
-        """End after the trial in flight."""
+        """End after the trials in flight."""
         self._stopped = True
 
     @property
@@ -218,27 +243,30 @@ class Study:
         """Wall time of this call."""
         return time.monotonic() - self._start
 
-    def evaluated(self, rung: int | None = None) -> int:
+    def evaluated(self) -> int:
         """Trials that were really measured, failures included."""
-        return sum(1 for t in self.trials if _measured(t.evaluation) and (rung is None or t.evaluation.rung == rung))
+        return self._evaluated
 
     def front(self) -> list[Trial]:
         """Feasible non-dominated trials."""
-        fits = feasible(self.trials, self.budget)
-        return front_of(fits, self.evaluator.task.direction, latency=self.budget.ms is not None)
+        return front_of(self._fits(), self.evaluator.task.direction, latency=self.budget.ms is not None)
+
+    def _fits(self) -> list[Trial]:
+        """Feasible trials, those left out that can be neither best nor on the front."""
+        return feasible(self._elite, self.budget)
 
     def best(self) -> Trial | None:
         """Best feasible quality."""
-        fits = feasible(self.trials, self.budget)
+        fits = self._fits()
         return pick(fits, self.evaluator.task.direction, Wish(), self.budget) if fits else None
 
-    def training(self, step: int, total: int) -> None:
+    def training(self, job: Job, step: int, total: int) -> None:
         """Called after each step of a recovery training: says how far it is, at most once a second."""
         now = time.monotonic()
-        if now - self._trained < 1.0:
+        if now - self._trained < 1.0 or job.number not in self._recovering:
             return
         self._trained = now
-        begun, done, members, later = self._recovering
+        begun, done, members, later = self._recovering[job.number]
         left = (now - begun) / step * (total - step) + later
         self._say("recovering", done, members, left, f"step {step} of {total}")
 
@@ -251,22 +279,39 @@ class Study:
         self._watch(replace(told, points=points, rising=rising))
 
     def _remember(self, trial: Trial) -> None:
+        """Add a finished trial to what is known."""
         evaluation = trial.evaluation
-        if evaluation.status == "ok":
-            self._known.setdefault((evaluation.policy.key(), evaluation.screened), trial)
+        self._place[trial.number] = len(self.trials)
+        self.trials.append(trial)
+        measured = _measured(evaluation)
+        self._evaluated += measured
+        self._searched += measured and self._is_shot(evaluation)
+        if evaluation.status != "ok":
+            return
+        self._known.setdefault((evaluation.policy.key(), evaluation.screened), trial)
+        self._elite = self._best_of([*self._elite, trial])
+
+    def _best_of(self, trials: list[Trial]) -> list[Trial]:
+        """Those that decide the front: of screened and of other trials the front, and one to say that there are any."""
+        whole = [t for t in trials if not t.evaluation.screened]
+        latency, found = self.budget.ms is not None, whole[:1]
+        for some in (whole, [t for t in trials if t.evaluation.screened]):
+            found += front_of(feasible(some, self.budget), self.evaluator.task.direction, latency=latency)
+        numbers = {t.number for t in found}
+        return [t for t in trials if t.number in numbers]
 
     def _report(self, stage: str, done: int, total: int, since: float, before: int) -> None:
         pace = (time.monotonic() - since) / (done - before) if done > before else None
         self._say(stage, done, total, None if pace is None else pace * (total - done))
 
-    def _settle(self, evaluation: Evaluation) -> None:
+    def _settle(self, number: int, evaluation: Evaluation) -> None:
         """Write a result, then learn from it."""
-        number = len(self.trials)
         at = round(self.total_seconds, 3)
         self._journal.finish(number, evaluation, at)
-        trial = Trial(number, evaluation, at=at)
-        self.trials.append(trial)
-        self._remember(trial)
+        self._remember(Trial(number, evaluation, at=at))
+        self._recovering.pop(number, None)
+        if evaluation.rung:
+            self._checkpoint(evaluation.policy).unlink(missing_ok=True)
         self._controller.tell(evaluation)
 
     def _excessive(self, policy: Policy) -> Measurement | None:
@@ -277,21 +322,96 @@ class Study:
         predicted = _predicted(self.evaluator, policy)
         return predicted if predicted is not None and static.excess(predicted) > 0 else None
 
-    def _needs_running(self, policy: Policy, rung: int, *, screen: bool = False) -> bool:
-        """Write that the trial starts; settle it here if it is over budget, known, or fatal to its process."""
-        attempts = self._journal.begin(len(self.trials), policy, rung)
-        seed = self.settings.seed
+    # --- what is in flight ---
+
+    def _begin(self, policy: Policy, rung: int, *, screen: bool = False) -> Job | None:
+        """Write that a trial starts; None if it needs no running."""
+        self._next += 1
+        return self._entered(self._next - 1, policy, rung, screen)
+
+    def _entered(self, number: int, policy: Policy, rung: int, screen: bool, *, counted: bool = True) -> Job | None:
+        """The job, in flight; None, and settled here, if the trial is over budget, known, or fatal to its process."""
+        attempts = self._journal.begin(number, policy, rung, screened=screen, counted=counted)
+        job = self._job(number, policy, rung, screen)
         if (policy.key(), screen) in self._known:
             known = self._known[policy.key(), screen]
-            self._settle(replace(known.evaluation, copy_of=known.number, seconds=0.0, rung=rung))
+            self._settle(number, replace(known.evaluation, copy_of=known.number, seconds=0.0, rung=rung))
         elif attempts > MAX_ATTEMPTS:
-            error = f"its process ended {MAX_ATTEMPTS} times while it ran"
-            self._settle(Evaluation(policy, seed, rung, "failed", error=error, screened=screen))
+            self._settle(number, self._fatal(job))
         elif (excessive := self._excessive(policy)) is not None:
-            self._settle(Evaluation(policy, seed, rung, "infeasible", excessive))
-        else:
-            return True
-        return False
+            self._settle(number, Evaluation(policy, self.settings.seed, rung, "infeasible", excessive))
+        elif self._flight.enter(job):
+            return job
+        return None
+
+    def _job(self, number: int, policy: Policy, rung: int, screen: bool) -> Job:
+        if not rung:
+            return Job(policy, rung, None, screen, number=number)
+        return Job(policy, rung, self.folder / self._artifact(number), screen, self._checkpoint(policy), number)
+
+    def _fatal(self, job: Job) -> Evaluation:
+        error = f"its process ended {MAX_ATTEMPTS} times while it ran"
+        return Evaluation(job.policy, self.settings.seed, job.rung, "failed", error=error, screened=job.screen)
+
+    def _run(self, jobs: Iterable[Job | None], report: Callable[[], None]) -> None:
+        """Run jobs until there are no more, and tell what became of them; one whose worker was lost runs once more."""
+        with closing(self._runner.run(self._fed(jobs), self.training)) as results:
+            for job, evaluation in results:
+                if evaluation is not None:
+                    self._arrived(job, evaluation)
+                elif self._journal.begin(job.number, job.policy, job.rung, screened=job.screen) > MAX_ATTEMPTS:
+                    self._arrived(job, self._fatal(job))
+                else:
+                    self._flight.again.append(job)
+                report()
+
+    def _fed(self, jobs: Iterable[Job | None]) -> Iterator[Job | None]:
+        """What a runner gets: first what a dead process left, and always what must run again; None: not now."""
+        flight, source = self._flight, iter(jobs)
+        ended = False
+        self._adopt()
+        while True:
+            if flight.again:
+                yield flight.again.popleft()
+            elif (ended or flight.full) and flight.running:
+                yield None
+            elif ended and not flight.jobs:
+                return
+            elif ended or (job := next(source, _END)) is None or job is _END:
+                ended = ended or job is _END
+                if flight.running:
+                    yield None
+                elif flight.jobs:
+                    self._tell(all_of_them=True)
+                elif not ended:
+                    return
+            else:
+                yield job  # type: ignore[misc]  # not the end
+
+    def _adopt(self) -> None:
+        """Trials of a process that died go on as they were: running, or waiting with their result."""
+        left, self._left = self._left, []
+        for row in left:
+            if row.evaluation is not None:
+                self._flight.enter(self._job(row.number, row.policy, row.rung, row.screened))
+                self._flight.arrive(row.number, row.evaluation)
+                continue
+            job = self._entered(row.number, *row[1:4], counted=not self._runner.isolated)
+            if job is not None:
+                self._flight.again.append(job)
+        self._tell()
+
+    def _arrived(self, job: Job, evaluation: Evaluation) -> None:
+        if self.settings.deterministic:
+            self._journal.arrive(job.number, evaluation)
+        self._flight.arrive(job.number, evaluation)
+        self._tell()
+
+    def _tell(self, *, all_of_them: bool = False) -> None:
+        for number, evaluation, twins in self._flight.due(all_of_them=all_of_them):
+            self._settle(number, evaluation)
+            for twin in twins:
+                self._settle(twin.number, replace(evaluation, copy_of=number, seconds=0.0))
 
     # --- rungs ---
 
@@ -304,29 +424,27 @@ class Study:
         trains = self.settings.epochs and self.evaluator.bench.trainable
         limit = self._timeout * (0.5 if trains else 0.8 if screen else 1.0)
         self.warnings = [text for text in self.warnings if text != NO_TIME]
-        since, before, total = time.monotonic(), self._searched(), self.settings.trials
+        since, before, total = time.monotonic(), self._searched, self.settings.trials
+
+        def begun() -> int:
+            flying = self._flight.jobs.values()
+            return self._searched + sum(1 for job in flying if not job.rung and job.screen == screen)
 
         def jobs() -> Iterator[Job]:
             idle = self._idle()
-            while self._searched() < total and self.seconds < limit and not self._stopped and idle < PATIENCE:
-                policy = self._controller.ask()
+            while begun() < total and self.seconds < limit and not self._stopped and idle < PATIENCE:
                 idle += 1
-                if self._needs_running(policy, 0, screen=screen):
+                job = self._begin(self._controller.ask(), 0, screen=screen)
+                if job is not None:
                     idle = 0
-                    yield Job(policy, 0, None, screen)
+                    yield job
             if idle >= PATIENCE:
-                self.warn(f"the search space is exhausted after {self._searched()} evaluations")
+                self.warn(f"the search space is exhausted after {begun()} evaluations")
 
         self._report("searching", before, total, since, before)
-        for evaluation in self._runner.run(jobs()):
-            self._settle(evaluation)
-            self._report("searching", self._searched(), total, since, before)
+        self._run(jobs(), lambda: self._report("searching", self._searched, total, since, before))
         if not self.trials and self.seconds >= limit:
             self.warn(NO_TIME)
-
-    def _searched(self) -> int:
-        """Candidates that the search has measured: promotions are not counted again."""
-        return sum(1 for t in self.trials if self._is_shot(t.evaluation) and _measured(t.evaluation))
 
     def _is_shot(self, evaluation: Evaluation) -> bool:
         """Whether the controller proposed it: where candidates are screened, what was scored whole is a promotion."""
@@ -340,18 +458,22 @@ class Study:
         the search was stopped or its time is up; then these end it after the promotion in flight.
         """
         chosen = self._promising()
-        since, total = time.monotonic(), len(chosen)
+        since, total, before = time.monotonic(), len(chosen), len(self.trials)
 
-        def jobs() -> Iterator[Job]:
+        def over() -> bool:
+            return self._stopped or self.seconds > self._timeout
+
+        def jobs() -> Iterator[Job | None]:
             for policy in chosen:
-                if (self._stopped or self.seconds > self._timeout) and self._has_whole():
+                while over() and self._flight.jobs:
+                    yield None
+                if over() and self._has_whole():
                     return
-                if self._needs_running(policy, 0):
-                    yield Job(policy, 0)
+                job = self._begin(policy, 0)
+                if job is not None:
+                    yield job
 
-        for done, evaluation in enumerate(self._runner.run(jobs()), 1):
-            self._settle(evaluation)
-            self._report("promoting", done, total, since, 0)
+        self._run(jobs(), lambda: self._report("promoting", min(total, len(self.trials) - before), total, since, 0))
 
     def _has_whole(self) -> bool:
         """Whether a candidate within the budget was scored on all of `val`."""
@@ -394,24 +516,33 @@ class Study:
             return
         climb = self._climb()
 
-        def jobs() -> Iterator[Job]:
-            while (step := climb.next_step(self._timeout - self.seconds)) is not None and not self._stopped:
-                if step.policy is None:
-                    parent = climb.parent(mix(self.settings.seed, len(self.trials)))
-                    policy = self._controller.ask(parent, climb.epochs[0])
+        def jobs() -> Iterator[Job | None]:
+            while not self._stopped:
+                flying = [(job.policy, job.rung) for job in self._flight.jobs.values() if job.rung]
+                climb.running, climb.workers = flying, self._runner.workers
+                step = climb.next_step(self._timeout - self.seconds)
+                if step is not None:
+                    job = self._begin(self._trained_policy(climb, step), step.rung)
+                    if job is not None:
+                        self._began(job, climb)
+                        yield job
+                elif self._flight.jobs:
+                    yield None
                 else:
-                    policy = at_epochs(step.policy, climb.epochs[step.rung - 1])
-                if self._needs_running(policy, step.rung):
-                    done, total, left = climb.state(running=step.rung)
-                    self._recovering = (time.monotonic(), done, total, left or 0.0)
-                    keep = self.folder / self._artifact(len(self.trials))
-                    yield Job(policy, step.rung, keep, checkpoint=self._checkpoint(policy))
+                    return
 
         self._announce(climb)
-        for evaluation in self._runner.run(jobs()):
-            self._settle(evaluation)
-            self._checkpoint(evaluation.policy).unlink(missing_ok=True)
-            self._say("recovering", *climb.state())
+        self._run(jobs(), lambda: self._say("recovering", *climb.state()))
+
+    def _trained_policy(self, climb: Climb, step: Step) -> Policy:
+        if step.policy is not None:
+            return at_epochs(step.policy, climb.epochs[step.rung - 1])
+        return self._controller.ask(climb.parent(mix(self.settings.seed, self._next)), climb.epochs[0])
+
+    def _began(self, job: Job, climb: Climb) -> None:
+        """Remember when a training began, trainings done then and in all, and the seconds of later ones."""
+        done, total, left = climb.state(running=job.rung)
+        self._recovering[job.number] = time.monotonic(), done, total, left or 0.0
 
     def _climb(self) -> Climb:
         """The rungs, with the time of a training step where no training of this run told it."""
@@ -441,6 +572,7 @@ class Study:
         One that misses the latency budget now, alone on the machine, is no longer feasible, and others take its place.
         """
         since, done = time.monotonic(), 0
+        self._elite = self.trials  # one that no longer fits makes room for any other
         while waiting := [t for t in self.front() if not self._is_final(t)]:
             for trial in waiting:
                 self._report("writing", done, done + len(waiting), since, 0)
@@ -456,7 +588,7 @@ class Study:
             self.folder,
             self.budget,
             self.evaluator.dense,
-            tuple(self.trials),
+            tuple(sorted(self.trials, key=lambda trial: trial.number)),
             tuple(self.front()),
             self.best(),
             self.evaluated(),
@@ -484,10 +616,10 @@ class Study:
                 f"trial {trial.number} measured {expected.bytes:,} bytes and quality {expected.quality:.6f}, but its "
                 f"file {artifact.bytes:,} and {found:.6f}: this machine or its libraries changed during the run"
             )
-        test = trial.quality_test
+        trial, test = self.trials[self._place[trial.number]], trial.quality_test
         if math.isnan(test):
             test = float(self.evaluator.task.score(artifact.model, "test"))
-        self._finish(replace(self.trials[trial.number], quality_test=test, artifact=name))
+        self._finish(replace(trial, quality_test=test, artifact=name))
         self._detail(trial.number, artifact.model)
 
     def _detail(self, number: int, model: nn.Module) -> None:
@@ -512,7 +644,7 @@ class Study:
 
     def _finish(self, trial: Trial) -> None:
         self._journal.finalise(trial.number, trial.quality_test, trial.artifact, trial.final_ms)
-        self.trials[trial.number] = trial
+        self.trials[self._place[trial.number]] = trial
 
     def _artifact(self, number: int) -> str:
         return artifact_name(number, self.evaluator.target.suffix)
@@ -529,6 +661,9 @@ class Study:
         for trial in self.trials:
             if trial.artifact and trial.number not in current:
                 self._finish(replace(trial, artifact=""))
+
+
+_END = object()
 
 
 class _Timed(Exception):
@@ -579,6 +714,39 @@ def artifact_name(number: int, suffix: str = ".acz") -> str:
 # --- runs -----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """All that a worker needs to evaluate as the driver would: plain data, which travels. Calling it loads the task."""
+
+    settings: Settings
+    dense_ms: float
+    precision: Precision | None = None
+    table: LatencyTable | None = None
+
+    def __call__(self) -> Evaluator:
+        """What evaluates. Raises what loading the task raises."""
+        evaluator = self.settings.evaluator(self.dense_ms)
+        if self.precision is not None:
+            evaluator.bench.precision = self.precision
+        if self.table is not None and isinstance(evaluator.target, OnnxTarget):
+            evaluator.target.use(self.table)
+        return evaluator
+
+
+def _setup(settings: Settings, evaluator: Evaluator) -> Setup:
+    trains = settings.epochs and evaluator.bench.trainable
+    table = evaluator.target.table if isinstance(evaluator.target, OnnxTarget) else None
+    return Setup(settings, evaluator.dense.latency_ms, evaluator.bench.precision if trains else None, table)
+
+
+MakeRunner = Callable[[Evaluator, Setup], Runner]
+
+
+def in_process(evaluator: Evaluator, setup: Setup) -> Runner:  # noqa: ARG001
+    """One worker: this process, with the model that it holds already."""
+    return LocalRunner(evaluator.run)
+
+
 def search(
     settings: Settings,
     folder: Path,
@@ -589,14 +757,15 @@ def search(
     command: str = "",
     watch: Watch | None = None,
     started: Callable[[Study], None] | None = None,
+    make_runner: MakeRunner = in_process,
 ) -> Outcome:
     """Run a search in `folder`, or continue the one that is there.
 
     `space` stands for `settings.space` if given; a resumed run keeps its own, and refuses another. `timeout` in
     seconds bounds this call, the profile included; what is in flight is not cut off. `started` gets the `Study` before
-    its first trial, so that a signal handler can stop it. Raises `RunError` if the folder is in the way, absent or of
-    another search, or the time ends before the profile does, `NothingFits` if no policy of the space can fit, and what
-    loading the task and space raise.
+    its first trial, so that a signal handler can stop it. `make_runner` says where trials run. Raises `RunError` if the
+    folder is in the way, absent or of another search, or the time ends before the profile does, `NothingFits` if no
+    policy of the space can fit, and what loading the task and space raise.
     """
     begun = time.monotonic()
     if resume:
@@ -635,20 +804,17 @@ def search(
         learned = cache_folder() / "recovery" / f"{_digest_of(_identity(evaluator))}.json"
         controller.recovery.earlier = _earlier_lessons(settings, learned, journal)
 
-        def run_one(job: Job) -> Evaluation:
-            return evaluator(
-                job.policy, job.rung, job.keep, study.training, screen=job.screen, checkpoint=job.checkpoint
+        with closing(make_runner(evaluator, _setup(settings, evaluator))) as runner:
+            study = Study(
+                settings, evaluator, controller, runner, budget, journal, folder, timeout=timeout, watch=watch
             )
-
-        runner = LocalRunner(run_one)
-        study = Study(settings, evaluator, controller, runner, budget, journal, folder, timeout=timeout, watch=watch)
-        for note in evaluator.graph.notes:
-            study.warn(note)
-        if started is not None:
-            started(study)
-        study.one_shot()
-        study.promote()
-        study.recover()
+            for note in evaluator.graph.notes:
+                study.warn(note)
+            if started is not None:
+                started(study)
+            study.one_shot()
+            study.promote()
+            study.recover()
         _keep(lambda: keep_lessons(learned, controller.recovery.lessons), "what recovery training was worth")
         outcome = study.finalise()
         journal.set_fact("seconds", study.total_seconds)
@@ -924,7 +1090,7 @@ def check_resumable(folder: Path, wanted: Settings, space: SpaceFile | None = No
     """The space of the run in `folder`; `RunError` unless `wanted` continues it. Only totals may differ."""
     settings, file, _ = read_config(folder)
     fixed = ("task", "budgets", "controller", "epochs", "fresh", "seed", "data", "checkpoint", "format", "threads")
-    for name in (*fixed, "batch", "latency_table"):
+    for name in (*fixed, "batch", "latency_table", "deterministic"):
         before, now = getattr(settings, name), getattr(wanted, name)
         if before != now:
             flag = {"task": "task", "budgets": "--budget"}.get(name, f"--{name.replace('_', '-')}")

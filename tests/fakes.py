@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import random
+import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,7 +22,7 @@ from autocompress import study
 from autocompress.artifact.layout import Entry, weight_entry
 from autocompress.artifact.packed import pack, read
 from autocompress.engine.precision import PLAIN
-from autocompress.evaluate import Job
+from autocompress.evaluate import Evaluate, Job
 from autocompress.files import write
 from autocompress.front import Trial
 from autocompress.graph import Graph, Group, Layer, Member
@@ -29,6 +32,7 @@ from autocompress.measure.quality import Quality
 from autocompress.measure.size import Size
 from autocompress.policy import LayerChoice, Policy, Recovery
 from autocompress.profile import Level, Profile, measure, with_groups
+from autocompress.runners.base import Result, keep_busy
 from autocompress.space import Space, load_space, parse_space
 from autocompress.stored import Full, Half, Quantised, Raw, Stored
 from autocompress.study import Outcome, Settings, search
@@ -287,9 +291,9 @@ class FakeEvaluator:
         """Proportional to multiply-accumulates."""
         return self.dense.latency_ms * self.graph.macs(policy) / self.dense.macs
 
-    def run(self, job: Job) -> Evaluation:
+    def run(self, job: Job, progress: Progress | None = None) -> Evaluation:
         """What a runner runs."""
-        return self(job.policy, job.rung, job.keep, screen=job.screen)
+        return self(job.policy, job.rung, job.keep, progress, screen=job.screen, checkpoint=job.checkpoint)
 
     def build(self, policy: Policy, progress: Progress | None = None) -> tuple[FakeModel, FakeModel]:
         """The policy stands for its tensors and for its model; an epoch has two steps."""
@@ -436,7 +440,7 @@ class World:
 
     def search(self, *, resume: bool = False, folder: Path | None = None, **given: Any) -> Outcome:
         """`search` with settings and arguments mixed."""
-        other = {name: given.pop(name) for name in ("timeout", "watch", "started") if name in given}
+        other = {name: given.pop(name) for name in ("timeout", "watch", "started", "make_runner") if name in given}
         if "space" in given:
             other["space"] = load_space(given["space"])
         return search(self.settings(**given), folder or self.run, resume=resume, **other)
@@ -464,3 +468,76 @@ class World:
     @property
     def calls(self) -> list[tuple[Policy, int, Path | None]]:
         return [call for evaluator in self.evaluators for call in evaluator.calls]
+
+
+# --- many workers ---
+
+
+class ScriptedRunner:
+    """As many workers as wanted, in this process: which of the jobs in flight ends next is drawn."""
+
+    def __init__(
+        self,
+        evaluate: Callable[[Job], Evaluation],
+        workers: int,
+        draw: random.Random,
+        *,
+        lost: Callable[[Job], bool] = lambda _: False,
+        isolated: bool = True,
+    ) -> None:
+        """`lost` says, when a job is about to end, that its worker died."""
+        self.workers, self.isolated = workers, isolated
+        self._evaluate, self._draw, self._lost = evaluate, draw, lost
+        self.flying: list[Job] = []
+        self.most = 0
+        self.ended: list[int] = []
+        self.closed = False
+
+    def run(self, jobs: Iterable[Job | None], steps: Any = None) -> Generator[Result, None, None]:
+        """See `Runner`."""
+        del steps
+        try:
+            yield from keep_busy(jobs, lambda: self.workers, self._start, self._end)
+        finally:
+            self.flying.clear()
+
+    def _start(self, job: Job) -> None:
+        self.flying.append(job)
+        self.most = max(self.most, len(self.flying))
+
+    def _end(self) -> Result:
+        job = self.flying.pop(self._draw.randrange(len(self.flying)))
+        self.ended.append(job.number)
+        return Result(job, None if self._lost(job) else self._evaluate(job))
+
+    def close(self) -> None:
+        """Nothing may run any more."""
+        assert not self.flying
+        self.closed = True
+
+
+def fake_worker(sleep: float = 0.0) -> Evaluate:
+    """What a worker process builds: a fake evaluation that does to itself what the policy's seed bits ask for."""
+    evaluator = FakeEvaluator()
+
+    def evaluate(job: Job, progress: Progress | None = None) -> Evaluation:
+        note = job.keep.parent / f"do-{job.number}" if job.keep is not None else None
+        wanted = note.read_text().split() if note is not None and note.exists() else []
+        for word in wanted:
+            name, _, value = word.partition("=")
+            if name == "sleep":
+                time.sleep(float(value))
+            elif name == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif name == "die-once" and note is not None:
+                note.write_text("")
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif name == "raise":
+                evaluator.fault = lambda *_: "raise"
+        time.sleep(sleep)
+        try:
+            return evaluator.run(job, progress)
+        finally:
+            evaluator.fault = lambda *_: None
+
+    return evaluate

@@ -292,3 +292,47 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file"), Journal.writing(tmp_path / "file"):
         pass
+
+
+def test_trials_end_in_any_order_and_the_order_of_tells_is_kept(tmp_path: Path) -> None:
+    with Journal.writing(tmp_path) as journal:
+        for number in range(4):
+            journal.begin(number, POLICY, 0, screened=number == 1)
+        for number in (2, 0):
+            journal.finish(number, Evaluation(POLICY, 0, 0, "failed", error=str(number)))
+        journal.arrive(3, Evaluation(POLICY, 0, 0, "failed", error="waits"))
+    with Journal.writing(tmp_path) as journal:
+        assert [t.number for t in journal.told()] == [2, 0]
+        assert [t.number for t in journal.trials()] == [0, 2]
+        first, second = journal.untold()
+        assert (first.number, first.screened, first.evaluation) == (1, True, None)
+        assert second.number == 3
+        assert second.evaluation is not None
+        assert second.evaluation.error == "waits"
+        assert journal.next_number() == 4
+        journal.finish(3, second.evaluation)
+        journal.begin(4, POLICY, 0)
+        assert [t.number for t in journal.told()] == [2, 0, 3]
+        assert [(b.number, b.asked) for b in journal.begun()] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 3)]
+
+
+def test_try_that_does_not_count_takes_the_place_of_the_last(tmp_path: Path) -> None:
+    with Journal.writing(tmp_path) as journal:
+        found = [journal.begin(0, POLICY, 0, counted=counted) for counted in (True, False, True, False)]
+    assert found == [1, 1, 2, 2]
+
+
+def test_journal_of_the_schema_before_is_read_and_goes_on(tmp_path: Path) -> None:
+    written = fill(tmp_path, 3)
+    database = sqlite3.connect(tmp_path / FILE)
+    for column in ("screened", "asked", "told"):
+        database.execute(f"ALTER TABLE trials DROP COLUMN {column}")
+    database.execute("UPDATE facts SET value = '2' WHERE name = 'schema'")
+    database.commit()
+    database.close()
+    assert len(read_all(tmp_path)) == 3
+    with Journal.writing(tmp_path) as journal:
+        journal.begin(3, POLICY, 0)
+        journal.finish(3, written[0])
+        assert [t.number for t in journal.told()] == [0, 1, 2, 3]
+        assert [(b.number, b.asked) for b in journal.begun()] == [(i, i) for i in range(4)]

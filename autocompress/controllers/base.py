@@ -12,8 +12,8 @@ from autocompress.trial import Evaluation
 class Controller(Protocol):
     """Proposes policies and learns from what became of them.
 
-    A proposal is a function of the seed and of everything told before, so a run that is told its past again goes
-    on as if it had never stopped.
+    A proposal is a function of the seed and of everything asked and told before, so a run that is told its past
+    again goes on as if it had never stopped. Several may be asked for before the first is told, in any order.
     """
 
     def ask(self, parent: Policy | None = None, epochs: int = 0) -> Policy:
@@ -29,6 +29,9 @@ class Controller(Protocol):
         """What became of a policy: one that `ask` returned, was measured again on all of `val`, or climbed a rung."""
         ...
 
-    def restore(self, evaluations: Iterable[Evaluation]) -> None:
-        """Learn a run's past, in its order, before the first `ask`."""
+    def restore(self, past: Iterable[Policy | Evaluation]) -> None:
+        """Learn a run's past, in its order, before the first `ask`: policies that it returned, and what was told.
+
+        Some of the policies may not have been told yet.
+        """
         ...

@@ -10,7 +10,7 @@ import hashlib
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import optuna
@@ -65,8 +65,9 @@ class OptunaController:
         """`sampler` is a name in `SAMPLERS`."""
         self._sampler, self._space, self._budget, self._predict, self._seed = sampler, space, budget, predict, seed
         self._baselines = deque(p for p in space.baselines() if self._excess(p) <= 0)
-        self._pending: dict[str, Trial] = {}
+        self._pending: dict[str, list[Trial]] = {}
         self._waiting: list[str] = []  # keys of proposals that the study learns of when they are told
+        self._early: list[str] = []  # and of restored ones that it knows already
         self.recovery = RecoveryProposer(space)
         self._repair: Policy | None = None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -90,10 +91,13 @@ class OptunaController:
             self._waiting.append(proposal.key())
             return proposal
         self.study.sampler = SAMPLERS[self._sampler](mix(self._seed, number))
-        trial = self.study.ask({p.name: distribution(p) for p in self._space.policy_parameters})
+        trial = self._sampled()
         policy = self._space.decode(trial.params)
-        self._pending[policy.key()] = trial
+        self._pending.setdefault(policy.key(), []).append(trial)
         return policy
+
+    def _sampled(self) -> Trial:
+        return self.study.ask({p.name: distribution(p) for p in self._space.policy_parameters})
 
     def _recovered(self, parent: Policy, epochs: int, number: int) -> Policy:
         """`parent` with recovery training; its parameters have a sampler of their own."""
@@ -109,16 +113,29 @@ class OptunaController:
 
     def tell(self, evaluation: Evaluation) -> None:
         """See `Controller`."""
-        trial = self._pending.pop(evaluation.policy.key(), None)
+        trial = self._asked(evaluation.policy.key())
         if trial is None:
             if evaluation.policy.key() in self._waiting:
                 self._waiting.remove(evaluation.policy.key())
             self.study.add_trial(self._frozen(evaluation))
         else:
             self._finish(trial, evaluation)
+        self._know(evaluation)
+
+    def _know(self, evaluation: Evaluation) -> None:
         self._after(evaluation)
         self.recovery.learn(evaluation)
         self._learn(evaluation)
+
+    def _asked(self, key: str) -> Trial | None:
+        """The study's trial of a policy that it was asked for; of several the first."""
+        waiting = self._pending.get(key)
+        if not waiting:
+            return None
+        found = waiting.pop(0)
+        if not waiting:
+            del self._pending[key]
+        return found
 
     def _finish(self, trial: Trial, evaluation: Evaluation) -> None:
         values, constraint, attributes = self._outcome(evaluation)
@@ -133,29 +150,52 @@ class OptunaController:
     def _learn(self, evaluation: Evaluation) -> None:
         """For controllers that keep knowledge beside the study."""
 
-    def restore(self, evaluations: Iterable[Evaluation]) -> None:
+    def restore(self, past: Iterable[Policy | Evaluation]) -> None:
         """See `Controller`."""
-        screened = set()
-        for evaluation in evaluations:
-            promotion = not evaluation.screened and not evaluation.rung and evaluation.policy.key() in screened
-            if evaluation.screened:
-                screened.add(evaluation.policy.key())
-            if self._sampler == "nsga2" and not promotion and not evaluation.rung:
-                self._replay(evaluation)
+        events = list(past)
+        outcomes = _outcomes(events)
+        for i, event in enumerate(events):
+            if isinstance(event, Evaluation):
+                self._told_again(event)
+            elif self._sampler == "nsga2" and not event.recovery.epochs:
+                self._ask_again(event)
+            elif self._needs_no_sampler(event):
+                self._waiting.append(event.key())
+                self.recovery.expect(event)
+            elif i in outcomes:  # in the place among the study's trials that it had
+                self.study.add_trial(self._frozen(outcomes[i]))
+                self._early.append(event.key())
             else:
-                if self._baselines and evaluation.policy == self._baselines[0]:
-                    self._baselines.popleft()
-                self.study.add_trial(self._frozen(evaluation))
-                self._after(evaluation)
-                self.recovery.learn(evaluation)
-                self._learn(evaluation)
+                self.study.enqueue_trial(dict(self._space.encode(event)))
+                self._pending.setdefault(event.key(), []).append(self._sampled())
 
-    def _replay(self, evaluation: Evaluation) -> None:
-        """Ask as then, and tell: NSGA-II marks generations on the trials it is asked for."""
-        asked = self.ask()
-        if asked.key() in self._pending:
-            self._pending[evaluation.policy.key()] = self._pending.pop(asked.key())
-        self.tell(evaluation)
+    def _told_again(self, evaluation: Evaluation) -> None:
+        if evaluation.policy.key() not in self._early:
+            self.tell(evaluation)
+            return
+        self._early.remove(evaluation.policy.key())
+        self._know(evaluation)
+
+    def _needs_no_sampler(self, policy: Policy) -> bool:
+        """Whether the earlier process proposed this itself; if so, it is not proposed again."""
+        if policy.recovery.epochs:
+            return True
+        if self._repair is not None:
+            self._repair = None
+            return True
+        if policy in self._baselines:
+            self._baselines.remove(policy)
+            return True
+        return False
+
+    def _ask_again(self, policy: Policy) -> None:
+        """Ask as then, since NSGA-II marks generations on what it is asked for; the answer was `policy`."""
+        asked, key = self.ask().key(), policy.key()
+        trial = self._asked(asked)
+        if trial is not None:
+            self._pending.setdefault(key, []).append(trial)
+        else:
+            self._waiting[self._waiting.index(asked)] = key
 
     def _after(self, evaluation: Evaluation) -> None:
         self._repair = evaluation.policy if evaluation.status == "infeasible" else None
@@ -190,6 +230,19 @@ class OptunaController:
         attributes["quality"] = measured.quality
         values = [measured.loss, float(measured.bytes), measured.latency_ms]
         return values[: len(self.study.directions)], self._budget.excess(measured), attributes
+
+
+def _outcomes(events: Sequence[Policy | Evaluation]) -> dict[int, Evaluation]:
+    """Of each policy that was asked for, by its place, what it was told later."""
+    found: dict[int, Evaluation] = {}
+    later: dict[str, list[Evaluation]] = {}
+    for i in range(len(events) - 1, -1, -1):
+        event = events[i]
+        if isinstance(event, Evaluation):
+            later.setdefault(event.policy.key(), []).append(event)
+        elif later.get(event.key()):
+            found[i] = later[event.key()].pop()
+    return found
 
 
 def mix(seed: int, number: int) -> int:

@@ -99,6 +99,11 @@ class RecoveryProposer:
             share = measured.bytes / self._space.graph.dense_bytes
             self.lessons.append(Lesson(recovery, share, math.log(measured.loss / self._losses[key])))
 
+    def expect(self, policy: Policy) -> None:
+        """An earlier process proposed this, and it is still to be learned."""
+        if policy.recovery.epochs:
+            self._tried.append(policy.recovery)
+
     def propose(self, parent: Policy, epochs: int, share: float, seed: int) -> Policy:
         """`parent` with `epochs` of recovery training; its file takes about `share` of the dense bytes."""
         choices = self._distributions()

@@ -127,6 +127,9 @@ class SolverController(OptunaController):
 
     # --- proposing ---
 
+    def _needs_no_sampler(self, policy: Policy) -> bool:  # noqa: ARG002
+        return True
+
     def _propose(self, number: int) -> Policy:
         """A policy that was not evaluated before, if one can be found."""
         draw = np.random.default_rng(mix(self._seed, number))
@@ -134,9 +137,13 @@ class SolverController(OptunaController):
         for attempt in range(TRIES):
             choice = self._candidate(number, attempt, draw)
             policy = self._fitted(choice) if choice is not None else None
-            if policy is not None and policy.key() not in self._seen:
+            if policy is not None and not self._is_known(policy):
                 return policy
         return self._anything(number) or policy or self._space.smallest()
+
+    def _is_known(self, policy: Policy) -> bool:
+        """Whether it was evaluated, or will be."""
+        return policy.key() in self._seen or policy.key() in self._waiting
 
     def _candidate(self, number: int, attempt: int, draw: np.random.Generator) -> Choice | None:
         if number < SEEDS and not attempt:
@@ -290,7 +297,7 @@ class SolverController(OptunaController):
             if self._too_large(levels, keep):
                 continue
             policy = self._policy(Choice(levels, keep, rest))
-            if self._too_slow(policy) or policy.key() in self._seen:
+            if self._too_slow(policy) or self._is_known(policy):
                 continue
             if self._excess(policy) <= 0:
                 return policy

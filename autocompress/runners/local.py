@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Generator, Iterable
+from functools import partial
 
 from autocompress.evaluate import Evaluate, Job
-from autocompress.trial import Evaluation
-
-
-class Runner(Protocol):
-    """Policies in, evaluations out."""
-
-    def run(self, jobs: Iterable[Job]) -> Iterator[Evaluation]:
-        """Evaluate each job; the next is taken only after the last evaluation has been consumed."""
-        ...
+from autocompress.runners.base import Result, Steps, unwatched
 
 
 class LocalRunner:
     """One worker: this process."""
 
+    isolated, workers = False, 1
+
     def __init__(self, evaluate: Evaluate) -> None:
         self._evaluate = evaluate
 
-    def run(self, jobs: Iterable[Job]) -> Iterator[Evaluation]:
+    def run(self, jobs: Iterable[Job | None], steps: Steps = unwatched) -> Generator[Result]:
         """See `Runner`."""
         for job in jobs:
-            yield self._evaluate(job)
+            if job is None:
+                return
+            yield Result(job, self._evaluate(job, partial(steps, job)))
+
+    def close(self) -> None:
+        """Nothing to give back."""

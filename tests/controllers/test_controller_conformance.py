@@ -58,6 +58,11 @@ def go_on(proposer: OptunaController, history: list[Evaluation], count: int, bud
         proposer.tell(history[-1])
 
 
+def past(history: list[Evaluation], flying: tuple[Policy, ...] = ()) -> list[Policy | Evaluation]:
+    """What was asked for and told when one at a time was in flight, and what is in flight still."""
+    return [*(event for e in history for event in (e.policy, e)), *flying]
+
+
 def run(name: str, count: int, budget: Budget = TIGHT, seed: int = 0) -> tuple[OptunaController, list[Evaluation]]:
     proposer, history = controller(name, budget, seed), []
     go_on(proposer, history, count, budget)
@@ -123,26 +128,53 @@ def test_other_seeds_propose_otherwise(name: str, history: list[Evaluation]) -> 
 def test_told_its_past_it_goes_on_as_if_uninterrupted(name: str, cut: int, history: list[Evaluation]) -> None:
     stored = [Evaluation.from_json(Policy.from_json(e.policy.to_json()), e.to_json()) for e in history[:cut]]
     proposer = controller(name)
-    proposer.restore(stored)
+    proposer.restore(past(stored))
     go_on(proposer, stored, min(60, cut + 10))
     assert [e.policy for e in stored] == [e.policy for e in history[: len(stored)]]
+
+
+def test_told_its_past_with_others_in_flight_it_goes_on_as_if_uninterrupted(
+    name: str, history: list[Evaluation]
+) -> None:
+    """Three are asked for at once, and told in another order; its process may end between any two of these."""
+    events: list[Policy | Evaluation] = list(past(history[:20]))
+    proposer = controller(name)
+    proposer.restore(events)
+    flying: list[Policy] = []
+    for i in range(24):
+        if i % 6 < 3:
+            flying.append(proposer.ask())
+            events.append(flying[-1])
+        else:
+            events.append(outcome(flying.pop((i * 7) % len(flying)), 0, TIGHT))
+            proposer.tell(events[-1])
+    expected = proposer.ask()
+    for cut in (40, 41, 42, 45, 47, 52, 57, 62):
+        again = controller(name)
+        again.restore(events[:cut])
+        for event in events[cut:]:
+            if isinstance(event, Policy):
+                assert again.ask() == event
+            else:
+                again.tell(event)
+        assert again.ask() == expected
 
 
 def test_restored_twice_it_still_goes_on_as_if_uninterrupted(name: str, history: list[Evaluation]) -> None:
     known = history[:12]
     for count in (20, 28):
         proposer, known = controller(name), list(known)
-        proposer.restore(known)
+        proposer.restore(past(known))
         go_on(proposer, known, count)
     assert [e.policy for e in known] == [e.policy for e in history[:28]]
 
 
 def test_an_interrupted_ask_leaves_no_trace_after_restore(name: str, history: list[Evaluation]) -> None:
     first = controller(name)
-    first.restore(history[:20])
+    first.restore(past(history[:20]))
     lost = first.ask()  # its process dies before it is told
     second = controller(name)
-    second.restore(history[:20])
+    second.restore(past(history[:20]))
     assert second.ask() == lost == history[20].policy
 
 
@@ -368,7 +400,7 @@ def test_gaussian_process_keeps_the_promises_too() -> None:
     assert [t.user_attrs["policy"] for t in proposer.study.trials] == [e.policy.key() for e in history]
     resumed = controller("gp")
     known = list(history[:13])
-    resumed.restore(known)
+    resumed.restore(past(known))
     go_on(resumed, known, 16)
     assert [e.policy for e in known] == [e.policy for e in history]
 

@@ -1,72 +1,218 @@
-"""What every runner promises: evaluations in order, taken lazily, with failures as data."""
+"""What every runner promises: each job is a result once, failures and lost workers are data, and nothing goes on."""
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from fakes import FakeEvaluator, Killed, make_space
+from fakes import FakeEvaluator, Killed, fake_worker, make_space
 
 from autocompress.evaluate import Evaluate, Job
-from autocompress.runners.local import LocalRunner, Runner
+from autocompress.runners.base import Runner
+from autocompress.runners.local import LocalRunner
 
-RUNNERS: dict[str, Callable[[Evaluate], Runner]] = {"local": LocalRunner}
+Make = Callable[..., Runner]
+
+
+def local(workers: int, build: Callable[[], Evaluate] = fake_worker) -> Runner:
+    del workers
+    return LocalRunner(build())
+
+
+RUNNERS: dict[str, Make] = {"local": local}
 
 
 @pytest.fixture(params=list(RUNNERS))
-def make(request: pytest.FixtureRequest) -> Callable[[Evaluate], Runner]:
-    return RUNNERS[request.param]
+def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+    """Makes runners with a number of workers, and closes them."""
+    made: list[Runner] = []
+
+    def maker(workers: int = 2, build: Callable[[], Evaluate] = fake_worker) -> Runner:
+        made.append(RUNNERS[request.param](workers, build))
+        return made[-1]
+
+    yield maker
+    for runner in made:
+        runner.close()
 
 
-def some_jobs() -> list[Job]:
-    return [Job(policy, i % 2) for i, policy in enumerate(make_space().baselines())]
+def some_jobs(folder: Path | None = None, count: int = 6) -> list[Job]:
+    policies = list(make_space().baselines())
+    return [
+        Job(policies[i % len(policies)], i % 2, None if folder is None else folder / f"trial-{i}.acz", number=i)
+        for i in range(count)
+    ]
 
 
-def test_evaluations_come_in_the_order_of_the_jobs(make: Callable[[Evaluate], Runner]) -> None:
+def told(folder: Path, number: int, what: str) -> None:
+    """What the worker does to itself when it evaluates this job."""
+    (folder / f"do-{number}").write_text(what)
+
+
+def test_every_job_is_a_result_once_and_as_if_evaluated_here(make: Make) -> None:
     jobs = some_jobs()
-    found = list(make(FakeEvaluator().run).run(jobs))
-    assert [(e.policy, e.rung) for e in found] == [(policy, rung) for policy, rung, *_ in jobs]
+    found = list(make().run(jobs))
+    assert Counter(result.job.number for result in found) == Counter(range(len(jobs)))
+    here = fake_worker()
+    for job, evaluation in found:
+        assert job == jobs[job.number]
+        expected = here(job, lambda *_: None)
+        assert evaluation is not None
+        assert evaluation.to_json() | {"seconds": 0} == expected.to_json() | {"seconds": 0}
+        assert evaluation.policy == job.policy
 
 
-def test_next_job_is_taken_after_the_last_evaluation_was_consumed(make: Callable[[Evaluate], Runner]) -> None:
+def test_one_worker_keeps_the_order_and_takes_the_next_job_after_the_last_result(make: Make) -> None:
     events: list[str] = []
 
     def jobs() -> Iterator[Job]:
-        for i, job in enumerate(some_jobs()[:3]):
-            events.append(f"taken {i}")
+        for job in some_jobs(count=3):
+            events.append(f"taken {job.number}")
             yield job
 
-    for i, _ in enumerate(make(FakeEvaluator().run).run(jobs())):
-        events.append(f"consumed {i}")
+    for job, _ in make(1).run(jobs()):
+        events.append(f"consumed {job.number}")
     assert events == [f"{word} {i}" for i in range(3) for word in ("taken", "consumed")]
 
 
-def test_nothing_runs_before_an_evaluation_is_wanted(make: Callable[[Evaluate], Runner]) -> None:
-    evaluator = FakeEvaluator()
-    make(evaluator.run).run(some_jobs())
-    assert evaluator.calls == []
+def test_as_many_are_in_flight_as_there_are_workers(make: Make) -> None:
+    runner = make()
+    taken = consumed = 0
+
+    def jobs() -> Iterator[Job]:
+        nonlocal taken
+        for job in some_jobs():
+            taken += 1
+            assert taken - consumed <= runner.workers
+            yield job
+
+    for _ in runner.run(jobs()):
+        consumed += 1
+    assert taken == consumed == 6
 
 
-def test_a_failure_is_data_and_the_rest_goes_on(make: Callable[[Evaluate], Runner]) -> None:
-    jobs = some_jobs()
-    evaluator = FakeEvaluator(fault=lambda policy, _: "raise" if policy == jobs[1][0] else None)
-    found = list(make(evaluator.run).run(jobs))
-    assert [e.status for e in found] == ["ok", "failed", *["ok"] * (len(jobs) - 2)]
+def test_told_to_wait_it_asks_again_after_the_next_result(make: Make) -> None:
+    """Of two jobs the second may be taken only when the first is done."""
+    first, second = some_jobs(count=2)
+    done: list[int] = []
+
+    def jobs() -> Iterator[Job | None]:
+        yield first
+        while not done:
+            yield None
+        yield second
+
+    for result in make().run(jobs()):
+        done.append(result.job.number)
+    assert done == [0, 1]
+
+
+def test_waiting_with_nothing_in_flight_ends(make: Make) -> None:
+    assert list(make().run(iter([None]))) == []
+
+
+def test_nothing_runs_before_a_result_is_wanted(make: Make, tmp_path: Path) -> None:
+    make().run(some_jobs(tmp_path))
+    time.sleep(0.05)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_is_data_and_the_rest_goes_on(make: Make, tmp_path: Path) -> None:
+    told(tmp_path, 1, "raise")
+    found = {job.number: e for job, e in make().run(some_jobs(tmp_path)) if e is not None}
+    assert [found[i].status for i in range(6)] == ["ok", "failed", *["ok"] * 4]
     assert "made to fail" in found[1].error
+    assert "Traceback" in found[1].error
 
 
-def test_artifact_is_kept_where_the_job_says(make: Callable[[Evaluate], Runner], tmp_path: Path) -> None:
-    policy, path = some_jobs()[0][0], tmp_path / "artifacts" / "trial-0.acz"
-    (found,) = make(FakeEvaluator().run).run([Job(policy, 1, path)])
-    assert found.measurement is not None
-    assert path.stat().st_size == found.measurement.bytes
+def test_artifact_is_kept_where_the_job_says(make: Make, tmp_path: Path) -> None:
+    for job, evaluation in make().run(some_jobs(tmp_path, 3)):
+        assert evaluation is not None
+        assert evaluation.measurement is not None
+        assert job.keep is not None
+        assert job.keep.stat().st_size == evaluation.measurement.bytes
 
 
-def test_no_jobs_give_no_evaluations(make: Callable[[Evaluate], Runner]) -> None:
-    assert list(make(FakeEvaluator().run).run(iter(()))) == []
+def test_steps_of_a_training_are_heard(make: Make) -> None:
+    policy = make_space().with_recovery(next(iter(make_space().baselines())), {}, 3)
+    heard: list[tuple[int, int, int]] = []
+    list(make().run([Job(policy, 1, number=7)], lambda job, step, total: heard.append((job.number, step, total))))
+    assert heard
+    assert {(number, total) for number, _, total in heard} == {(7, 6)}
+    assert [step for _, step, _ in heard] == sorted({step for _, step, _ in heard})
+
+
+def test_no_jobs_give_no_results(make: Make) -> None:
+    assert list(make().run(iter(()))) == []
+
+
+def test_a_runner_runs_again_after_it_ended(make: Make) -> None:
+    runner = make()
+    assert len(list(runner.run(some_jobs()))) == 6
+    assert len(list(runner.run(some_jobs(count=2)))) == 2
+
+
+def test_ended_early_nothing_of_it_comes_later(make: Make, tmp_path: Path) -> None:
+    told(tmp_path, 1, "sleep=0.3")
+    runner = make()
+    results = runner.run(some_jobs(tmp_path))
+    next(results)
+    results.close()
+    again = [Job(job.policy, 0, number=100 + job.number) for job in some_jobs(count=3)]
+    assert sorted(result.job.number for result in runner.run(again)) == [100, 101, 102]
+
+
+def test_lost_worker_is_data_and_the_rest_goes_on(make: Make, tmp_path: Path) -> None:
+    runner = make()
+    if not runner.isolated:
+        pytest.skip("its worker is this process")
+    told(tmp_path, 1, "die")
+    told(tmp_path, 4, "die")
+    found = list(runner.run(some_jobs(tmp_path)))
+    assert sorted(job.number for job, e in found if e is None) == [1, 4]
+    assert sorted(job.number for job, e in found if e is not None) == [0, 2, 3, 5]
+
+
+def test_job_of_a_lost_worker_may_be_run_again_at_once(make: Make, tmp_path: Path) -> None:
+    runner = make()
+    if not runner.isolated:
+        pytest.skip("its worker is this process")
+    told(tmp_path, 0, "die-once")
+    waiting = some_jobs(tmp_path, 3)
+    running = len(waiting)
+
+    def jobs() -> Iterator[Job | None]:
+        while running:
+            yield waiting.pop(0) if waiting else None
+
+    found = []
+    for job, evaluation in runner.run(jobs()):
+        found.append((job.number, evaluation is None))
+        if evaluation is None:
+            waiting.append(job)
+        else:
+            running -= 1
+    assert sorted(found) == [(0, False), (0, True), (1, False), (2, False)]
+
+
+def test_worker_that_cannot_start_says_why(make: Make) -> None:
+    with pytest.raises(Exception, match="no such data"):
+        list(make(2, broken_worker).run(some_jobs()))
+
+
+def broken_worker() -> Evaluate:
+    from autocompress.errors import TaskError
+
+    raise TaskError("no such data here")
 
 
 def test_local_runner_dies_with_its_process() -> None:
     with pytest.raises(Killed):
-        list(LocalRunner(FakeEvaluator(kill_at=0)).run(some_jobs()))
+        list(LocalRunner(FakeEvaluator(kill_at=0).run).run(some_jobs()))
+
+
+slow_worker = partial(fake_worker, 0.05)
