@@ -63,6 +63,23 @@ Budgets = Annotated[
 ]
 
 
+Workers = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Processes of this machine that evaluate at once, each with a model of its own; they share the cores.",
+    ),
+]
+Deterministic = Annotated[
+    int | None,
+    typer.Option(
+        help="Trials at a time, told in order: the same search for any number of workers; they wait for the slowest of "
+        "each N.  [default: 0, each is told as it comes]",
+        metavar="N",
+    ),
+]
+
+
 class Format(StrEnum):
     """Artifact formats."""
 
@@ -89,6 +106,7 @@ def _print_json(data: dict[str, Any]) -> None:
         "autocompress search my_task.py:task --budget size=10% --space tiny --epochs 3",
         "autocompress search cifar10 --data DIR --checkpoint resnet20.pt --budget size=8% --trials 40",
         "autocompress search --resume runs/digits-20260101-120000 --trials 200",
+        "autocompress search my_task.py:task --budget 4MB --workers 4",
     )
 )
 def search(
@@ -144,6 +162,8 @@ def search(
             metavar="FILE",
         ),
     ] = None,
+    workers: Workers = 1,
+    deterministic: Deterministic = None,
     data: DataDir = None,
     checkpoint: Checkpoint = None,
     as_json: Json = False,
@@ -151,12 +171,12 @@ def search(
     """Search compression policies and write the front, a report and the artifacts.
 
     Every feasible member of the front is a file that was written, read back and scored. A killed search continues
-    with --resume; Ctrl-C ends it after the trial in flight, twice at once.
+    with --resume; Ctrl-C ends it after the trials in flight, twice at once.
     """
     from autocompress.baselines import read_baselines
     from autocompress.report.write import write_report
     from autocompress.space import load_space
-    from autocompress.study import Settings, read_config
+    from autocompress.study import Settings, in_processes, read_config
     from autocompress.study import search as run_search
 
     given: dict[str, Any] = {
@@ -173,6 +193,7 @@ def search(
         "threads": threads,
         "batch": batch,
         "latency_table": str(latency_table.resolve()) if latency_table else None,
+        "deterministic": deterministic,
         "data": str(data.resolve()) if data else None,
         "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
     }
@@ -194,6 +215,7 @@ def search(
             command=command,
             watch=watch,
             started=interrupt.arm,
+            make_runner=in_processes(workers),
         )
         if interrupt.study is not None and not read_baselines(folder):
             _measure_uniform(interrupt.study.evaluator, folder, watch, lambda: interrupt.stopped)

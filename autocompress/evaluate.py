@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -21,6 +21,8 @@ from autocompress.target import OnnxTarget, PackedTarget, Place, Reloaded, Targe
 from autocompress.task import Task
 from autocompress.trial import Evaluation, Measurement
 
+_PATHS = ("keep", "checkpoint")
+
 
 class Job(NamedTuple):
     """A policy, its rung, where to keep its artifact, and whether to score it on a part of `val` only.
@@ -34,6 +36,17 @@ class Job(NamedTuple):
     screen: bool = False
     checkpoint: Path | None = None
     number: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, which travels to another process; `from_json` gives an equal job back."""
+        paths = {name: None if (path := getattr(self, name)) is None else str(path) for name in _PATHS}
+        return {**self._asdict(), "policy": self.policy.to_json(), **paths}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Job:
+        """What `to_json` wrote."""
+        paths = {name: None if data[name] is None else Path(data[name]) for name in _PATHS}
+        return cls(**{**data, "policy": Policy.from_json(data["policy"]), **paths})
 
 
 Evaluate = Callable[[Job, Progress], Evaluation]

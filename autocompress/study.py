@@ -33,18 +33,20 @@ from autocompress.controllers.registry import make_controller, needs_profile
 from autocompress.controllers.widths import fastest_widths
 from autocompress.engine.precision import Precision
 from autocompress.errors import AutocompressError, NothingFits, RunError
-from autocompress.evaluate import Evaluator, Job
+from autocompress.evaluate import Evaluate, Evaluator, Job
 from autocompress.files import cache_folder, write
 from autocompress.flight import Flight
 from autocompress.front import Trial, Wish, feasible, front_of, non_dominated, pick
 from autocompress.journal import FILE, Journal
 from autocompress.lessons import Lesson, keep_lessons, lessons_of, read_lessons
+from autocompress.measure.latency import RememberedTimes
 from autocompress.measure.latency_table import LatencyTable, read_table
 from autocompress.policy import Policy
 from autocompress.profile import Profile, measure, profile_key, with_groups
 from autocompress.rungs import TRAINING_ROOM, Climb, Pace, Step, at_epochs, ladder, plan_text
 from autocompress.runners.base import Runner
 from autocompress.runners.local import LocalRunner
+from autocompress.runners.processes import ProcessRunner
 from autocompress.space import Space, SpaceFile, load_space
 from autocompress.target import FORMATS, OnnxTarget, Place
 from autocompress.task import Task, details, load_task
@@ -716,27 +718,33 @@ def artifact_name(number: int, suffix: str = ".acz") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """All that a worker needs to evaluate as the driver would: plain data, which travels. Calling it loads the task."""
+    """All that a worker needs to evaluate as the driver would: plain data, which travels. Calling it loads the task.
+
+    Workers of one machine measure latencies one at a time, and share what they measured in the folder `times`.
+    """
 
     settings: Settings
     dense_ms: float
     precision: Precision | None = None
     table: LatencyTable | None = None
+    times: Path | None = None
 
-    def __call__(self) -> Evaluator:
+    def __call__(self) -> Evaluate:
         """What evaluates. Raises what loading the task raises."""
         evaluator = self.settings.evaluator(self.dense_ms)
         if self.precision is not None:
             evaluator.bench.precision = self.precision
         if self.table is not None and isinstance(evaluator.target, OnnxTarget):
             evaluator.target.use(self.table)
-        return evaluator
+        evaluator.target.times = RememberedTimes(self.times)
+        return evaluator.run
 
 
-def _setup(settings: Settings, evaluator: Evaluator) -> Setup:
+def _setup(settings: Settings, evaluator: Evaluator, folder: Path) -> Setup:
     trains = settings.epochs and evaluator.bench.trainable
     table = evaluator.target.table if isinstance(evaluator.target, OnnxTarget) else None
-    return Setup(settings, evaluator.dense.latency_ms, evaluator.bench.precision if trains else None, table)
+    precision = evaluator.bench.precision if trains else None
+    return Setup(settings, evaluator.dense.latency_ms, precision, table, folder / ".times")
 
 
 MakeRunner = Callable[[Evaluator, Setup], Runner]
@@ -745,6 +753,11 @@ MakeRunner = Callable[[Evaluator, Setup], Runner]
 def in_process(evaluator: Evaluator, setup: Setup) -> Runner:  # noqa: ARG001
     """One worker: this process, with the model that it holds already."""
     return LocalRunner(evaluator.run)
+
+
+def in_processes(workers: int) -> MakeRunner:
+    """So many processes of this machine, each with its own model; one is this process."""
+    return in_process if workers == 1 else lambda _, setup: ProcessRunner(setup, workers)
 
 
 def search(
@@ -804,7 +817,7 @@ def search(
         learned = cache_folder() / "recovery" / f"{_digest_of(_identity(evaluator))}.json"
         controller.recovery.earlier = _earlier_lessons(settings, learned, journal)
 
-        with closing(make_runner(evaluator, _setup(settings, evaluator))) as runner:
+        with closing(make_runner(evaluator, _setup(settings, evaluator, folder))) as runner:
             study = Study(
                 settings, evaluator, controller, runner, budget, journal, folder, timeout=timeout, watch=watch
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from autocompress.artifact.onnx_graph import LONG, LONGEST, Filling, Halves, cos
 from autocompress.engine import Compressed, Workbench, compress
 from autocompress.errors import ArtifactError, ExportError, LatencyError
 from autocompress.graph import Layer, Shape
-from autocompress.measure.latency import RUNTIME, Latency, LatencyMeter, RuntimeMeter, alone
+from autocompress.measure.latency import RUNTIME, Latency, LatencyMeter, RememberedTimes, RuntimeMeter, Times, alone
 from autocompress.measure.latency_table import LatencyTable, Model, Predictor, build
 from autocompress.measure.size import Size
 from autocompress.measure.timing import calmest
@@ -78,6 +78,8 @@ class Target(Protocol):
 
     suffix: str
     runtime: str
+    times: Times
+    """Who measures latencies, and remembers them."""
 
     @property
     def dense_ms(self) -> float:
@@ -134,6 +136,7 @@ class PackedTarget:
         self._bench, self._task, self._graph = bench, bench.task, bench.graph
         self.size = Size(bench.graph, bench.task.name, bench.task.metric)
         self._meter = LatencyMeter(bench.teacher, bench.example.inputs, dense_ms)
+        self.times: Times = RememberedTimes()
 
     @property
     def dense_ms(self) -> float:
@@ -155,7 +158,9 @@ class PackedTarget:
 
     def ship(self, compressed: Compressed, model: nn.Module) -> Shipped:
         shapes = self._graph.architecture(compressed.policy)
-        return Shipped(file_bytes(self.header(compressed)), model, lambda: self._meter(model, shapes))
+        return Shipped(
+            file_bytes(self.header(compressed)), model, lambda: self.times(shapes, b"", lambda: self._meter(model))
+        )
 
     def predicted_ms(self, policy: Policy) -> float:  # noqa: ARG002
         return math.nan
@@ -203,7 +208,7 @@ class OnnxTarget:
         examples = [batch.inputs for batch in bench.calibration[:RANGE_BATCHES]]
         self.exporter = Exporter(self._graph.layers, dense, examples)
         self.meter = RuntimeMeter(self.exporter.original, inputs, threads=self._place.threads, dense_ms=dense_ms)
-        self._times: dict[Hashable, Latency] = {}
+        self.times: Times = RememberedTimes()
         self._names = LONG if len(self._graph.tensors) < MANY else LONGEST
         self._cost = lru_cache(maxsize=4096)(self._cost_of)
         self._base = lru_cache(maxsize=None)(self._frame)
@@ -329,9 +334,7 @@ class OnnxTarget:
             ms = self.predicted_ms(policy)
             return Latency(ms, ms, ms, 0)
         key = self.exporter.kernels(candidate)
-        if key not in self._times:
-            self._times[key] = self.meter(content)
-        return self._times[key]
+        return self.times(key, content, lambda: self.meter(content))
 
     def pack(self, compressed: Compressed, quality: float) -> bytes:
         candidate = self._candidate(compressed, compressed.policy)

@@ -182,7 +182,7 @@ def test_interrupted_once_it_reports_and_can_be_continued(starter: Starter, whol
     assert essence(found) == essence(whole)[: len(found)]
     assert (folder / "report.html").is_file()
     assert list((folder / "artifacts").glob("*.acz"))
-    assert "ending after the trial in flight" in starter.log.read_text()
+    assert "ending after what is in flight" in starter.log.read_text()
     starter.search("interrupted")
     assert starter.ended() == 0
     assert essence(trials(folder)) == essence(whole)

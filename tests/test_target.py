@@ -25,7 +25,7 @@ from autocompress import (
 )
 from autocompress.artifact.onnx import About
 from autocompress.errors import LatencyError
-from autocompress.measure.latency import Latency
+from autocompress.measure.latency import Latency, RememberedTimes
 from autocompress.measure.latency_table import Deployment, Entry, LatencyTable, Precision
 from autocompress.policy import BITS
 from autocompress.runtime import device, version
@@ -223,7 +223,7 @@ def test_equal_kernels_are_timed_once(bench: Workbench, target: OnnxTarget, monk
         return Latency(float(len(timed)), 0.5, 9.0, 3)
 
     monkeypatch.setattr(target, "meter", meter)
-    monkeypatch.setattr(target, "_times", {})
+    monkeypatch.setattr(target, "times", RememberedTimes())
 
     def ms(bits: int, keep: float = 1.0, activations: int = 8) -> float:
         layers = {layer.name: LayerChoice(bits) for layer in bench.graph.layers}

@@ -427,7 +427,7 @@ class Exporter:
 
     def kernels(self, candidate: Candidate) -> Hashable:
         """Equal for candidates that run the same kernels on the same shapes, and so take the same time."""
-        return candidate.architecture, self._chosen(self._exported(candidate), candidate)
+        return candidate.architecture, tuple(sorted(self._chosen(self._exported(candidate), candidate)))
 
     @property
     def original(self) -> bytes:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
+import json
 import math
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from filelock import FileLock
 from torch import nn
 
 from autocompress.errors import LatencyError
-from autocompress.files import cache_folder
+from autocompress.files import cache_folder, write
 from autocompress.measure.node_times import layer_times
 from autocompress.measure.timing import Latency, Traced
 from autocompress.runtime import feeds, session
@@ -36,7 +38,7 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-__all__ = ["Latency", "LatencyMeter", "RuntimeMeter", "Traced", "alone"]
+__all__ = ["Latency", "LatencyMeter", "RememberedTimes", "RuntimeMeter", "Times", "Traced", "alone"]
 
 RUNTIME = "torch-eager"
 WARM_UP = 3
@@ -138,6 +140,39 @@ def alone() -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "timing.lock"):
         yield
+
+
+Times = Callable[[Hashable, bytes, Callable[[], Latency]], Latency]
+"""(what determines a latency, the file if there is one, how to measure it here) -> the latency."""
+
+
+class RememberedTimes:
+    """Equal kernels get equal numbers, so that a search does not choose by noise: each is measured once.
+
+    With `folder` once by all processes that share it, one at a time, whichever is first; it may be absent. What
+    determines a latency must have the same `repr` in each of them.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._known: dict[Hashable, Latency] = {}
+
+    def __call__(self, key: Hashable, content: bytes, measure: Callable[[], Latency]) -> Latency:
+        """See `Times`."""
+        del content
+        if key not in self._known:
+            self._known[key] = measure() if self._folder is None else self._shared(self._folder, key, measure)
+        return self._known[key]
+
+    def _shared(self, folder: Path, key: Hashable, measure: Callable[[], Latency]) -> Latency:
+        path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
+        with alone():
+            try:
+                return Latency(**json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):  # not measured yet, or not by this version
+                found = measure()
+            write(path, json.dumps(asdict(found)).encode())
+            return found
 
 
 class LatencyMeter:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
 from fakes import FakeEvaluator, Killed, fake_worker, make_space
 
+from autocompress.errors import TaskError
 from autocompress.evaluate import Evaluate, Job
 from autocompress.runners.base import Runner
 from autocompress.runners.local import LocalRunner
+from autocompress.runners.processes import ProcessRunner
 
 Make = Callable[..., Runner]
 
@@ -23,21 +24,38 @@ def local(workers: int, build: Callable[[], Evaluate] = fake_worker) -> Runner:
     return LocalRunner(build())
 
 
-RUNNERS: dict[str, Make] = {"local": local}
+def spawned(workers: int, build: Callable[[], Evaluate] = fake_worker) -> Runner:
+    return ProcessRunner(build, workers)
 
 
-@pytest.fixture(params=list(RUNNERS))
-def make(request: pytest.FixtureRequest) -> Iterator[Make]:
-    """Makes runners with a number of workers, and closes them."""
-    made: list[Runner] = []
+RUNNERS: dict[str, Make] = {"local": local, "processes": spawned}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in RUNNERS if name != "local"]
 
-    def maker(workers: int = 2, build: Callable[[], Evaluate] = fake_worker) -> Runner:
-        made.append(RUNNERS[request.param](workers, build))
-        return made[-1]
 
-    yield maker
-    for runner in made:
+@pytest.fixture(scope="module")
+def runners() -> Iterator[Callable[..., Runner]]:
+    """Each kind of runner once, since workers start for seconds; all are closed in the end."""
+    made: dict[tuple[object, ...], Runner] = {}
+
+    def get(name: str, workers: int, build: Callable[[], Evaluate]) -> Runner:
+        key = name, workers, build
+        if key not in made:
+            made[key] = RUNNERS[name](workers, build)
+        return made[key]
+
+    yield get
+    for runner in made.values():
         runner.close()
+
+
+@pytest.fixture(params=["local", *SLOW])
+def make(request: pytest.FixtureRequest, runners: Callable[..., Runner]) -> Make:
+    """A runner with a number of workers."""
+
+    def get(workers: int = 2, build: Callable[[], Evaluate] = fake_worker) -> Runner:
+        return runners(request.param, workers, build)
+
+    return get
 
 
 def some_jobs(folder: Path | None = None, count: int = 6) -> list[Job]:
@@ -200,19 +218,14 @@ def test_job_of_a_lost_worker_may_be_run_again_at_once(make: Make, tmp_path: Pat
 
 
 def test_worker_that_cannot_start_says_why(make: Make) -> None:
-    with pytest.raises(Exception, match="no such data"):
+    with pytest.raises(TaskError, match="no such data"):
         list(make(2, broken_worker).run(some_jobs()))
 
 
 def broken_worker() -> Evaluate:
-    from autocompress.errors import TaskError
-
     raise TaskError("no such data here")
 
 
 def test_local_runner_dies_with_its_process() -> None:
     with pytest.raises(Killed):
         list(LocalRunner(FakeEvaluator(kill_at=0).run).run(some_jobs()))
-
-
-slow_worker = partial(fake_worker, 0.05)
