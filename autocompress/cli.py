@@ -321,7 +321,7 @@ def _conclude(run: Run, *, as_json: bool) -> None:
 
 
 class _Interrupt:
-    """What Ctrl-C does to a study: the first ends it after the trial in flight, the second at once."""
+    """What Ctrl-C does to a study: the first ends it after the trials in flight, the second at once."""
 
     def __init__(self) -> None:
         self.study: Study | None = None
@@ -337,7 +337,7 @@ class _Interrupt:
         signal.signal(signal.SIGINT, self._first)
 
     def _first(self, number: int, frame: object) -> None:  # noqa: ARG002
-        err.print("\nending after the trial in flight, then the report is written; Ctrl-C again stops at once")
+        err.print("\nending after the trials in flight, then the report is written; Ctrl-C again stops at once")
         assert self.study is not None
         self.study.stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)

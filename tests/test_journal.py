@@ -231,18 +231,25 @@ def test_schema_of_another_version_is_refused(tmp_path: Path) -> None:
             pass
 
 
-def test_schema_before_this_one_is_read_and_continued(tmp_path: Path) -> None:
-    """Rows of schema 2 have neither the seconds at which they were finished nor predicted bytes."""
+@pytest.mark.parametrize("schema", [2, 3])
+def test_schemas_before_this_one_are_read_and_continued(tmp_path: Path, schema: int) -> None:
+    """Rows of schema 2 have no seconds and predicted bytes; neither 2 nor 3 knows when trials began and were told."""
     written = fill(tmp_path, 4)
-    drop = "UPDATE trials SET evaluation = json_remove(evaluation, '$.at', '$.measurement.predicted_bytes')"
-    spoil(tmp_path, drop)
-    spoil(tmp_path, "UPDATE facts SET value = '2' WHERE name = 'schema'")
+    if schema == 2:
+        gone = "UPDATE trials SET evaluation = json_remove(evaluation, '$.at', '$.measurement.predicted_bytes')"
+        spoil(tmp_path, gone)
+    for column in ("screened", "asked", "told"):
+        spoil(tmp_path, f"ALTER TABLE trials DROP COLUMN {column}")
+    spoil(tmp_path, "UPDATE facts SET value = ? WHERE name = 'schema'", str(schema))
     trials = read_all(tmp_path)
-    assert all(same(t.evaluation, e) and math.isnan(t.at) for t, e in zip(trials, written, strict=True))
+    assert all(same(t.evaluation, e) for t, e in zip(trials, written, strict=True))
+    assert all(math.isnan(t.at) == (schema == 2) for t in trials)
     with Journal.writing(tmp_path) as journal:
         journal.begin(4, POLICY, 0)
         journal.finish(4, Evaluation(POLICY, 0, 0, "infeasible"), 12.5)
-        assert journal.fact("schema") == 3
+        assert journal.fact("schema") == 4
+        assert [t.number for t in journal.told()] == [0, 1, 2, 3, 4]
+        assert [(b.number, b.asked) for b in journal.begun()] == [(i, i) for i in range(5)]
     assert read_all(tmp_path)[4].at == 12.5
 
 
@@ -320,19 +327,3 @@ def test_try_that_does_not_count_takes_the_place_of_the_last(tmp_path: Path) -> 
     with Journal.writing(tmp_path) as journal:
         found = [journal.begin(0, POLICY, 0, counted=counted) for counted in (True, False, True, False)]
     assert found == [1, 1, 2, 2]
-
-
-def test_journal_of_the_schema_before_is_read_and_goes_on(tmp_path: Path) -> None:
-    written = fill(tmp_path, 3)
-    database = sqlite3.connect(tmp_path / FILE)
-    for column in ("screened", "asked", "told"):
-        database.execute(f"ALTER TABLE trials DROP COLUMN {column}")
-    database.execute("UPDATE facts SET value = '2' WHERE name = 'schema'")
-    database.commit()
-    database.close()
-    assert len(read_all(tmp_path)) == 3
-    with Journal.writing(tmp_path) as journal:
-        journal.begin(3, POLICY, 0)
-        journal.finish(3, written[0])
-        assert [t.number for t in journal.told()] == [0, 1, 2, 3]
-        assert [(b.number, b.asked) for b in journal.begun()] == [(i, i) for i in range(4)]
