@@ -337,7 +337,7 @@ class _Interrupt:
         signal.signal(signal.SIGINT, self._first)
 
     def _first(self, number: int, frame: object) -> None:  # noqa: ARG002
-        err.print("\nending after the trials in flight, then the report is written; Ctrl-C again stops at once")
+        err.print("\nending after what is in flight, then the report is written; Ctrl-C again stops at once")
         assert self.study is not None
         self.study.stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)

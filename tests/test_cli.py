@@ -21,7 +21,7 @@ import typer.main
 from fakes import BLOBS
 
 from autocompress import cli, study
-from autocompress.journal import FILE, Journal
+from autocompress.journal import FILE, SCHEMA, Journal
 from autocompress.report.tables import COLUMNS
 
 VERBS = ("search", "ablate", "report", "pick", "compare", "dashboard", "export", "verify", "profile", "init")
@@ -393,7 +393,7 @@ def test_report_measures_a_random_search_to_compare_with(searched: Searched, tmp
         assert result.code == 0
     assert len(json.loads((folder / "baselines.json").read_text())) > 2
     with Journal.reading(folder / "random-search") as journal:
-        assert journal.fact("schema") == 3
+        assert journal.fact("schema") == SCHEMA
     assert "random search" in (folder / "report.html").read_text()
 
 
