@@ -80,6 +80,29 @@ Deterministic = Annotated[
 ]
 
 
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Evaluate on a Ray cluster: auto (this node's), HOST:PORT, or local (one is started here). Needs "
+        "`pip install 'autocompress[ray]'`; see docs/cluster.md.",
+        metavar="ADDRESS",
+    ),
+]
+CpusPerTrial = Annotated[float, typer.Option(help="With --ray: CPUs, and threads, of each trial.")]
+GpusPerTrial = Annotated[float, typer.Option(help="With --ray: GPUs of each trial; shares are allowed.")]
+MaxConcurrent = Annotated[
+    int | None, typer.Option(help="With --ray: trials at once.  [default: as many as the cluster holds]")
+]
+LatencyNode = Annotated[
+    str | None,
+    typer.Option(
+        help="With --ray: the resource of the node where latencies are measured, and where this command runs.",
+        metavar="LABEL",
+    ),
+]
+
+
 class Format(StrEnum):
     """Artifact formats."""
 
@@ -107,6 +130,7 @@ def _print_json(data: dict[str, Any]) -> None:
         "autocompress search cifar10 --data DIR --checkpoint resnet20.pt --budget size=8% --trials 40",
         "autocompress search --resume runs/digits-20260101-120000 --trials 200",
         "autocompress search my_task.py:task --budget 4MB --workers 4",
+        "autocompress search my_task.py:task --budget 4MB --ray auto --cpus-per-trial 2",
     )
 )
 def search(
@@ -164,6 +188,11 @@ def search(
     ] = None,
     workers: Workers = 1,
     deterministic: Deterministic = None,
+    ray: RayAddress = None,
+    cpus_per_trial: CpusPerTrial = 1.0,
+    gpus_per_trial: GpusPerTrial = 0.0,
+    max_concurrent: MaxConcurrent = None,
+    latency_node: LatencyNode = None,
     data: DataDir = None,
     checkpoint: Checkpoint = None,
     as_json: Json = False,
@@ -175,8 +204,9 @@ def search(
     """
     from autocompress.baselines import read_baselines
     from autocompress.report.write import write_report
+    from autocompress.runners.base import Cluster
     from autocompress.space import load_space
-    from autocompress.study import Settings, in_processes, read_config
+    from autocompress.study import Settings, in_processes, on_ray, read_config
     from autocompress.study import search as run_search
 
     given: dict[str, Any] = {
@@ -205,6 +235,13 @@ def search(
     folder = resume or out_dir or _default_folder(settings)
     seconds = math.inf if timeout is None else parse_time(timeout)
     command = shlex.join(["autocompress", *sys.argv[1:]])
+    make_runner = in_processes(workers)
+    if ray is not None:
+        make_runner = on_ray(Cluster(ray, cpus_per_trial, gpus_per_trial, max_concurrent, latency_node))
+    if ray is not None and workers > 1:
+        raise RunError("give either --workers or --ray: a cluster's workers are as many as it has room for")
+    if ray is None and (max_concurrent is not None or latency_node is not None):
+        raise RunError("--max-concurrent and --latency-node are about a Ray cluster: give --ray too")
     with watching(err) as watch, _graceful() as interrupt:
         run_search(
             settings,
@@ -215,7 +252,7 @@ def search(
             command=command,
             watch=watch,
             started=interrupt.arm,
-            make_runner=in_processes(workers),
+            make_runner=make_runner,
         )
         if interrupt.study is not None and not read_baselines(folder):
             _measure_uniform(interrupt.study.evaluator, folder, watch, lambda: interrupt.stopped)

@@ -20,7 +20,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,12 @@ from autocompress.flight import Flight
 from autocompress.front import Trial, Wish, feasible, front_of, non_dominated, pick
 from autocompress.journal import FILE, Journal
 from autocompress.lessons import Lesson, keep_lessons, lessons_of, read_lessons
-from autocompress.measure.latency import RememberedTimes
+from autocompress.measure.latency import Latency, RememberedTimes, alone
 from autocompress.measure.latency_table import LatencyTable, read_table
-from autocompress.policy import Policy
+from autocompress.policy import LayerChoice, Policy
 from autocompress.profile import Profile, measure, profile_key, with_groups
 from autocompress.rungs import TRAINING_ROOM, Climb, Pace, Step, at_epochs, ladder, plan_text
-from autocompress.runners.base import Runner
+from autocompress.runners.base import Cluster, Runner
 from autocompress.runners.local import LocalRunner
 from autocompress.runners.processes import ProcessRunner
 from autocompress.space import Space, SpaceFile, load_space
@@ -612,6 +614,8 @@ class Study:
         here = self.settings.latency_table is None  # what is for another machine can't be timed on this one
         if self.budget.ms is not None and here and not self._holds(trial, path):
             return
+        if math.isnan(trial.measured.latency_ms):  # its worker was too busy to measure it
+            self._finish(replace(trial, final_ms=self.evaluator.target.retime(path).ms))
         found = self.evaluator.quality(artifact.model).score
         if artifact.bytes != expected.bytes or not math.isclose(found, expected.quality, rel_tol=1e-6, abs_tol=1e-9):
             self.warn(
@@ -720,7 +724,8 @@ def artifact_name(number: int, suffix: str = ".acz") -> str:
 class Setup:
     """All that a worker needs to evaluate as the driver would: plain data, which travels. Calling it loads the task.
 
-    Workers of one machine measure latencies one at a time, and share what they measured in the folder `times`.
+    Workers of one machine measure latencies one at a time, and share what they measured in the folder `times`. A task
+    file that was `shipped` is in the working folder. `levels` are layers' solutions that another machine should get.
     """
 
     settings: Settings
@@ -728,23 +733,70 @@ class Setup:
     precision: Precision | None = None
     table: LatencyTable | None = None
     times: Path | None = None
+    shipped: bool = False
+    levels: tuple[tuple[str, LayerChoice], ...] = ()
 
     def __call__(self) -> Evaluate:
         """What evaluates. Raises what loading the task raises."""
-        evaluator = self.settings.evaluator(self.dense_ms)
+        return self.evaluator().run
+
+    def evaluator(self) -> Evaluator:
+        """See `__call__`."""
+        settings = self.settings
+        if self.shipped:
+            settings = replace(settings, task=Path(settings.task).name)
+        evaluator = settings.evaluator(self.dense_ms)
         if self.precision is not None:
             evaluator.bench.precision = self.precision
         if self.table is not None and isinstance(evaluator.target, OnnxTarget):
             evaluator.target.use(self.table)
         evaluator.target.times = RememberedTimes(self.times)
-        return evaluator.run
+        return evaluator
+
+    def clock(self) -> Callable[[bytes], Latency]:
+        """What times files, alone on its machine."""
+        target = self.evaluator().target
+        assert isinstance(target, OnnxTarget)
+
+        def timed(content: bytes) -> Latency:
+            with alone():
+                return target.meter(content)
+
+        return timed
 
 
-def _setup(settings: Settings, evaluator: Evaluator, folder: Path) -> Setup:
+def _setup(settings: Settings, evaluator: Evaluator, folder: Path, profile: Profile | None) -> Setup:
     trains = settings.epochs and evaluator.bench.trainable
     table = evaluator.target.table if isinstance(evaluator.target, OnnxTarget) else None
     precision = evaluator.bench.precision if trains else None
-    return Setup(settings, evaluator.dense.latency_ms, precision, table, folder / ".times")
+    levels = [(x.name, level.choice) for x in (profile.layers if profile else ()) for level in x.levels]
+    return Setup(settings, evaluator.dense.latency_ms, precision, table, folder / ".times", levels=tuple(levels))
+
+
+def on_ray(cluster: Cluster) -> MakeRunner:
+    """Workers of a Ray cluster. Raises `RunError` where Ray is not installed."""
+    if find_spec("ray") is None:
+        raise RunError("--ray needs Ray Tune: pip install 'autocompress[ray]'")
+
+    def make(evaluator: Evaluator, setup: Setup) -> Runner:
+        from autocompress.runners.ray_tune import RayRunner
+
+        settings, where = setup.settings, Path(setup.settings.task.rpartition(":")[0])
+        timed = any(Limit.parse(text).quantity == "ms" for text in settings.budgets) and not settings.latency_table
+        if timed and (cluster.latency_node is None or settings.format != "onnx"):
+            raise RunError(
+                "a latency that a busy worker measures means nothing: name the node where latencies count with "
+                "--latency-node LABEL (and ship --format onnx), or give a --latency-table of the device"
+            )
+        code = where.parent if where.suffix == ".py" else None
+        layers = {layer.name: layer for layer in evaluator.graph.layers}
+        solved = [(layers[name], choice) for name, choice in setup.levels]
+        setup = replace(setup, times=None, shipped=code is not None, levels=())
+        clock = setup.clock if timed else None
+        pack = partial(evaluator.bench.database.packed, solved)
+        return RayRunner(setup, cluster, code=code, build_clock=clock, levels=pack)
+
+    return make
 
 
 MakeRunner = Callable[[Evaluator, Setup], Runner]
@@ -817,7 +869,7 @@ def search(
         learned = cache_folder() / "recovery" / f"{_digest_of(_identity(evaluator))}.json"
         controller.recovery.earlier = _earlier_lessons(settings, learned, journal)
 
-        with closing(make_runner(evaluator, _setup(settings, evaluator, folder))) as runner:
+        with closing(make_runner(evaluator, _setup(settings, evaluator, folder, profile))) as runner:
             study = Study(
                 settings, evaluator, controller, runner, budget, journal, folder, timeout=timeout, watch=watch
             )

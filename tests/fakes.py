@@ -22,6 +22,7 @@ from autocompress import study
 from autocompress.artifact.layout import Entry, weight_entry
 from autocompress.artifact.packed import pack, read
 from autocompress.engine.precision import PLAIN
+from autocompress.errors import TaskError
 from autocompress.evaluate import Evaluate, Job
 from autocompress.files import write
 from autocompress.front import Trial
@@ -516,6 +517,18 @@ class ScriptedRunner:
         self.closed = True
 
 
+def broken_worker() -> Evaluate:
+    """What a worker builds that has no data."""
+    raise TaskError("no such data here")
+
+
+def lacking_worker() -> Evaluate:
+    """What a worker builds whose task imports what its machine does not have."""
+    import not_on_this_node  # type: ignore[import-not-found]  # noqa: F401
+
+    return fake_worker()
+
+
 def fake_worker(sleep: float = 0.0) -> Evaluate:
     """What a worker process builds: a fake evaluation that does to itself what the policy's seed bits ask for."""
     evaluator = FakeEvaluator()
@@ -532,6 +545,10 @@ def fake_worker(sleep: float = 0.0) -> Evaluate:
             elif name == "die-once" and note is not None:
                 note.write_text("")
                 os.kill(os.getpid(), signal.SIGKILL)
+            elif name == "where" and note is not None:
+                import ray
+
+                (note.parent / f"ran-{job.number}").write_text(ray.get_runtime_context().get_node_id())
             elif name == "raise":
                 evaluator.fault = lambda *_: "raise"
         time.sleep(sleep)

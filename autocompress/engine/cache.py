@@ -48,6 +48,7 @@ class Cache:
         self._limit = LIMIT_BYTES if limit is None else limit
         self._writable = True
         self._until_sweep = 0
+        self._used: set[str] = set()
 
     def read(self, key: str) -> dict[str, Tensor] | None:
         """The tensors under `key`, mapped into memory and not to be written to; None if there are none to trust."""
@@ -66,7 +67,27 @@ class Cache:
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # used just now
+        self._used.add(key)
         return found
+
+    def pack(self, keys: Iterable[str], limit: int) -> dict[str, bytes]:
+        """The files of these entries and of all that were used before, as far as there are any, up to `limit` bytes."""
+        found, total = dict[str, bytes](), 0
+        for key in sorted({*keys, *self._used}):
+            with contextlib.suppress(OSError):
+                content = self._path(key).read_bytes()
+                total += len(content)
+                if total > limit:
+                    break
+                found[key] = content
+        return found
+
+    def unpack(self, files: Mapping[str, bytes]) -> None:
+        """Keep what `pack` gave on another machine, if the folder can be written; what is there already stays."""
+        with contextlib.suppress(OSError):
+            for key, content in files.items():
+                if not self._path(key).exists():
+                    write(self._path(key), content, durable=False)
 
     def refuse(self, key: str, reason: str) -> None:
         """Warn that the entry is not used; it is found anew and replaced."""
@@ -79,6 +100,7 @@ class Cache:
         whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         try:
             size = write(self._path(key), save(whole, {"digest": _contents(whole)}), durable=False)
+            self._used.add(key)
             self._until_sweep -= size
             if self._until_sweep < 0:
                 self._until_sweep = self._limit // 16

@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from math import prod
@@ -181,6 +181,10 @@ def _pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+def _level_key(key: str, choice: LayerChoice) -> str:
+    return f"level-{digest(key, choice)}"
+
+
 class LayerDatabase:
     """Solutions of one model's layers, each found on first use."""
 
@@ -206,7 +210,7 @@ class LayerDatabase:
             return quantise(weight, choice, magnitude_mask(weight, count))
         if h.ndim == 1:
             return _by_frequency(layer, weight, h, choice)
-        key = f"level-{digest(self._key(layer), choice)}"
+        key = _level_key(self._key(layer), choice)
         stored = self._read(key, layer, choice)
         if stored is None:
             with _threads(weight.numel() * h.shape[-1]):
@@ -215,6 +219,12 @@ class LayerDatabase:
                 self._errors[layer.name, choice] = self.error(layer, stored)
             self._write(key, {**entry, "error": torch.tensor([self._errors[layer.name, choice]], dtype=torch.float64)})
         return stored
+
+    def packed(self, levels: Iterable[tuple[Layer, LayerChoice]], limit: int) -> dict[str, bytes]:
+        """Files of these levels' solutions and of all that was used, up to `limit` bytes: see `Cache.pack`."""
+        known = ((layer, choice) for layer, choice in levels if self.knows(layer))
+        keys = [_level_key(self._key(layer), choice) for layer, choice in known]
+        return {} if self._cache is None else self._cache.pack(keys, limit)
 
     def narrowed(self, layer: Layer, part: Slice) -> tuple[Layer, Tensor, Tensor]:
         """The layer, weight and statistics when only `part` of this one stays.

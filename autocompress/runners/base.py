@@ -5,9 +5,12 @@ A runner never decides what runs, what is repeated or what is written down: the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from autocompress.errors import RunError
 from autocompress.evaluate import Job
 from autocompress.trial import Evaluation
 
@@ -48,6 +51,35 @@ class Runner(Protocol):
     def close(self) -> None:
         """See the class."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Where to run: `address` is `auto` (the cluster of this machine), HOST:PORT, or `local` for one of its own.
+
+    `cpus` and `gpus` are those of a trial, `max_concurrent` bounds how many run at once. Latencies are measured on
+    nodes that have the resource `latency_node`.
+    """
+
+    address: str = "auto"
+    cpus: float = 1.0
+    gpus: float = 0.0
+    max_concurrent: int | None = None
+    latency_node: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.address.startswith("ray://"):
+            raise RunError(
+                "--ray takes no ray:// address: start the search on a node of the cluster with --ray auto (`ray job "
+                "submit` or `ray exec` do), or give the address that `ray start` printed"
+            )
+        for name, value, low in (("cpus-per-trial", self.cpus, 0), ("gpus-per-trial", self.gpus, 0)):
+            if not (math.isfinite(value) and value >= low):
+                raise RunError(f"--{name} is {value}; it must be {low} or more")
+        if self.cpus == self.gpus == 0:
+            raise RunError("--cpus-per-trial and --gpus-per-trial are both 0; a trial must take something")
+        if self.max_concurrent is not None and self.max_concurrent < 1:
+            raise RunError(f"--max-concurrent is {self.max_concurrent}; it must be 1 or more")
 
 
 def unwatched(job: Job, step: int, total: int) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
+import fakes
 import pytest
-from fakes import FakeEvaluator, Killed, fake_worker, make_space
+from fakes import FakeEvaluator, Killed, broken_worker, fake_worker, make_space
 
-from autocompress.errors import TaskError
+from autocompress.errors import AutocompressError
 from autocompress.evaluate import Evaluate, Job
-from autocompress.runners.base import Runner
+from autocompress.runners.base import Cluster, Runner
 from autocompress.runners.local import LocalRunner
 from autocompress.runners.processes import ProcessRunner
 
 Make = Callable[..., Runner]
+TESTS = Path(fakes.__file__).parent
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray: pip install 'autocompress[ray]'")
 
 
 def local(workers: int, build: Callable[[], Evaluate] = fake_worker) -> Runner:
@@ -28,8 +33,17 @@ def spawned(workers: int, build: Callable[[], Evaluate] = fake_worker) -> Runner
     return ProcessRunner(build, workers)
 
 
-RUNNERS: dict[str, Make] = {"local": local, "processes": spawned}
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in RUNNERS if name != "local"]
+def on_ray(workers: int, build: Callable[[], Evaluate] = fake_worker) -> Runner:
+    from autocompress.runners.ray_tune import RayRunner
+
+    return RayRunner(build, Cluster(os.environ["RAY_ADDRESS"], max_concurrent=workers), code=TESTS)
+
+
+RUNNERS: dict[str, Make] = {"local": local, "processes": spawned, "ray": on_ray}
+SLOW = [
+    pytest.param("processes", marks=pytest.mark.slow),
+    pytest.param("ray", marks=[pytest.mark.slow, needs_ray, pytest.mark.filterwarnings("ignore")]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +52,8 @@ def runners() -> Iterator[Callable[..., Runner]]:
     made: dict[tuple[object, ...], Runner] = {}
 
     def get(name: str, workers: int, build: Callable[[], Evaluate]) -> Runner:
+        if name == "local":
+            return local(workers, build)
         key = name, workers, build
         if key not in made:
             made[key] = RUNNERS[name](workers, build)
@@ -49,8 +65,11 @@ def runners() -> Iterator[Callable[..., Runner]]:
 
 
 @pytest.fixture(params=["local", *SLOW])
-def make(request: pytest.FixtureRequest, runners: Callable[..., Runner]) -> Make:
+def make(request: pytest.FixtureRequest, runners: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch) -> Make:
     """A runner with a number of workers."""
+
+    if request.param == "ray":
+        monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue("cluster").address)
 
     def get(workers: int = 2, build: Callable[[], Evaluate] = fake_worker) -> Runner:
         return runners(request.param, workers, build)
@@ -218,12 +237,8 @@ def test_job_of_a_lost_worker_may_be_run_again_at_once(make: Make, tmp_path: Pat
 
 
 def test_worker_that_cannot_start_says_why(make: Make) -> None:
-    with pytest.raises(TaskError, match="no such data"):
+    with pytest.raises(AutocompressError, match="no such data"):
         list(make(2, broken_worker).run(some_jobs()))
-
-
-def broken_worker() -> Evaluate:
-    raise TaskError("no such data here")
 
 
 def test_local_runner_dies_with_its_process() -> None:
