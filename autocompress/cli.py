@@ -84,7 +84,7 @@ RayAddress = Annotated[
     str | None,
     typer.Option(
         "--ray",
-        help="Evaluate on a Ray cluster: auto (this node's), HOST:PORT, or local (one is started here). Needs "
+        help="Experimental. Evaluate on a Ray cluster: auto (this node's), HOST:PORT, or local (one is started here). Needs "
         "`pip install 'autocompress[ray]'`; see docs/cluster.md.",
         metavar="ADDRESS",
     ),

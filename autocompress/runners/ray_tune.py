@@ -44,6 +44,7 @@ for _name, _value in {
 try:
     import ray
     from ray import tune
+    from ray.tune.schedulers import FIFOScheduler
     from ray.tune.search import Searcher
 except ImportError as error:
     raise RunError("--ray needs Ray Tune: pip install 'autocompress[ray]'") from error
@@ -196,6 +197,7 @@ class RayRunner:
                 trainable,
                 tune_config=tune.TuneConfig(
                     search_alg=_JobSearcher(self._desk),
+                    scheduler=_Patient(),
                     num_samples=-1,
                     reuse_actors=True,
                     trial_name_creator=_name_of,
@@ -370,6 +372,16 @@ class _JobSearcher(_Still, Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: a fresh Tuner asks the study, which has read its journal."""
+
+
+class _Patient(FIFOScheduler):
+    """Leaves actors that start alone: a free one goes to a new trial, or a node that joins would never come to work.
+
+    By itself Tune gives a free actor to the trial that waits longest, and ends the one that starts for it.
+    """
+
+    def choose_trial_to_run(self, tune_controller: Any) -> None:
+        """None in particular."""
 
 
 class _Abandoned(_Still, tune.Stopper):
