@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,7 +80,7 @@ def measure_baselines(
 
 def write_baselines(folder: Path, found: Sequence[Baseline]) -> None:
     """As `read_baselines` reads them."""
-    rows = [{"name": b.name} | {k: _null(v) for k, v in asdict(b.measurement).items()} for b in found]
+    rows = [{"name": b.name} | b.measurement.to_json() for b in found]
     write(folder / FILE, (json.dumps(rows, indent=1) + "\n").encode())
 
 
@@ -97,7 +97,3 @@ def _baseline(row: dict[str, Any]) -> Baseline:
     values = {name: math.nan if value is None else float(value) for name, value in row.items() if name != "name"}
     measured = Measurement(**values)  # type: ignore[arg-type]
     return Baseline(str(row["name"]), replace(measured, bytes=int(measured.bytes), macs=int(measured.macs)))
-
-
-def _null(value: float) -> float | None:
-    return None if math.isnan(value) else value

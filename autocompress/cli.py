@@ -235,13 +235,15 @@ def search(
     folder = resume or out_dir or _default_folder(settings)
     seconds = math.inf if timeout is None else parse_time(timeout)
     command = shlex.join(["autocompress", *sys.argv[1:]])
-    make_runner = in_processes(workers)
-    if ray is not None:
-        make_runner = on_ray(Cluster(ray, cpus_per_trial, gpus_per_trial, max_concurrent, latency_node))
+    wanted = (cpus_per_trial, gpus_per_trial, max_concurrent, latency_node)
     if ray is not None and workers > 1:
         raise RunError("give either --workers or --ray: a cluster's workers are as many as it has room for")
-    if ray is None and (max_concurrent is not None or latency_node is not None):
-        raise RunError("--max-concurrent and --latency-node are about a Ray cluster: give --ray too")
+    if ray is None and wanted != (1.0, 0.0, None, None):
+        raise RunError(
+            "--cpus-per-trial, --gpus-per-trial, --max-concurrent and --latency-node are about a Ray cluster: give "
+            "--ray too"
+        )
+    make_runner = in_processes(workers) if ray is None else on_ray(Cluster(ray, *wanted))
     with watching(err) as watch, _graceful() as interrupt:
         run_search(
             settings,
@@ -254,8 +256,9 @@ def search(
             started=interrupt.arm,
             make_runner=make_runner,
         )
-        if interrupt.study is not None and not read_baselines(folder):
-            _measure_uniform(interrupt.study.evaluator, folder, watch, lambda: interrupt.stopped)
+        study = interrupt.study
+        if study is not None and not read_baselines(folder):
+            _measure_uniform(study.evaluator, folder, watch, lambda: study.over)
     run = write_report(folder)
     _conclude(run, as_json=as_json)
 
@@ -362,11 +365,6 @@ class _Interrupt:
 
     def __init__(self) -> None:
         self.study: Study | None = None
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the study was stopped or ran out of time."""
-        return self.study is not None and self.study.over
 
     def arm(self, study: Study) -> None:
         """From now on, Ctrl-C is about `study`."""

@@ -48,7 +48,7 @@ class Flight:
 
     def due(self, *, all_of_them: bool = False) -> list[tuple[int, Evaluation, list[Job]]]:
         """Results to tell now, in order, each with the trials that take it over; they leave the flight."""
-        if self._batch and self.running | (not self.full and not all_of_them):
+        if self._batch and (self.running or not (self.full or all_of_them)):
             return []
         found = sorted(self._results)
         told = [(number, self._results.pop(number), self._twins.pop(number, [])) for number in found]

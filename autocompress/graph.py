@@ -184,9 +184,8 @@ class Graph:
 
     def choices(self, policy: Policy) -> Iterator[tuple[Layer, LayerChoice]]:
         """Each layer with what the policy says of it."""
-        dense = LayerChoice()
         for layer in self.layers:
-            yield layer, policy.layers.get(layer.name, dense)
+            yield layer, policy.choice(layer.name)
 
 
 def tensors_fingerprint(tensors: Mapping[str, tuple[Shape, str]]) -> str:

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.errors import AutocompressError
 from autocompress.front import Trial
-from autocompress.policy import LayerChoice, Policy
+from autocompress.policy import Policy
 from autocompress.report.tables import Run
 
 STORAGE = "optuna-journal.log"
@@ -50,7 +50,7 @@ def parameters(run: Run, policy: Policy) -> dict[str, Value]:
     """A policy as flat, named values; a recipe only where there is recovery training."""
     found: dict[str, Value] = {}
     for layer in run.layers:
-        choice = policy.layers.get(layer["name"], LayerChoice())
+        choice = policy.choice(layer["name"])
         found |= {f"bits/{layer['name']}": choice.bits, f"zeros/{layer['name']}": choice.sparsity}
     found |= {f"channels/{group}": ratio for group, ratio in policy.keep.items()}
     found["criterion"] = policy.criterion

@@ -212,6 +212,10 @@ class Policy:
         except TypeError as error:
             raise PolicyError(f"policy: {error}") from None
 
+    def choice(self, layer: str) -> LayerChoice:
+        """How the layer's weight is stored; dense where the policy does not name it."""
+        return self.layers.get(layer, _DENSE)
+
     def without_recovery(self) -> Policy:
         """The one-shot policy: everything but the recovery training; batch norms are treated alike."""
         r = self.recovery
@@ -256,3 +260,6 @@ def _as(kind: type, what: str, value: Any) -> Any:
     if type(value) is not kind:
         raise PolicyError(f"{what} must be {kind.__name__}, not {value!r}")
     return value
+
+
+_DENSE = LayerChoice()

@@ -377,20 +377,19 @@ class Study:
         while True:
             if flight.again:
                 yield flight.again.popleft()
-            elif (ended or flight.full) and flight.running:
+                continue
+            if not ended and not flight.full:
+                job = next(source, _END)
+                if isinstance(job, Job):
+                    yield job
+                    continue
+                ended = job is _END
+            if flight.running:
                 yield None
-            elif ended and not flight.jobs:
-                return
-            elif ended or (job := next(source, _END)) is None or job is _END:
-                ended = ended or job is _END
-                if flight.running:
-                    yield None
-                elif flight.jobs:
-                    self._tell(all_of_them=True)
-                elif not ended:
-                    return
+            elif flight.jobs:
+                self._tell(all_of_them=True)
             else:
-                yield job  # type: ignore[misc]  # not the end
+                return
 
     def _adopt(self) -> None:
         """Trials of a process that died go on as they were: running, or waiting with their result."""
@@ -464,14 +463,11 @@ class Study:
         chosen = self._promising()
         since, total, before = time.monotonic(), len(chosen), len(self.trials)
 
-        def over() -> bool:
-            return self._stopped or self.seconds > self._timeout
-
         def jobs() -> Iterator[Job | None]:
             for policy in chosen:
-                while over() and self._flight.jobs:
+                while self.over and self._flight.jobs:
                     yield None
-                if over() and self._has_whole():
+                if self.over and self._has_whole():
                     return
                 job = self._begin(policy, 0)
                 if job is not None:
@@ -633,7 +629,8 @@ class Study:
         task, known = self.evaluator.task, self._journal.fact("details") or {"trials": {}}
         try:
             if found := details(task, model, "val"):
-                known.setdefault("dense", details(task, self.evaluator.bench.teacher, "val"))
+                if "dense" not in known:
+                    known["dense"] = details(task, self.evaluator.bench.teacher, "val")
                 known["trials"][str(number)] = found
                 self._journal.set_fact("details", known)
         except Exception as error:  # whatever the user's code raises: the search does without

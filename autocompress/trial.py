@@ -37,6 +37,11 @@ class Measurement:
     predicted_ms: float = math.nan
     predicted_bytes: float = math.nan
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, NaN as null."""
+        values = asdict(self).items()
+        return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values}
+
 
 @dataclass(frozen=True, slots=True)
 class Limit:
@@ -176,19 +181,11 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, NaN as null, without the policy (the journal stores it beside)."""
-        values = (
-            None
-            if self.measurement is None
-            else {
-                name: None if isinstance(value, float) and math.isnan(value) else value
-                for name, value in asdict(self.measurement).items()
-            }
-        )
         return {
             "seed": self.seed,
             "rung": self.rung,
             "status": self.status,
-            "measurement": values,
+            "measurement": None if self.measurement is None else self.measurement.to_json(),
             "error": self.error,
             "seconds": self.seconds,
             "copy_of": self.copy_of,

@@ -140,6 +140,7 @@ class FakeTask:
     metric: str = "accuracy"
     direction: str = "max"
     scored: list[tuple[str, str]] = field(default_factory=list)
+    detailed: list[str] = field(default_factory=list)
     graph: Graph = GRAPH
     weights: float = 0.5
     screens: bool = False
@@ -156,6 +157,7 @@ class FakeTask:
 
     def details(self, model: Any, split: str) -> dict[str, float]:
         """Two classes, of which one loses more than the metric says."""
+        self.detailed.append("dense" if model is None else model.policy.key())
         quality = self.quality_of(getattr(model, "policy", Policy()))
         return {f"class 0 of {self.name}": quality, f"class 1 of {split}": quality**2}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -817,6 +818,17 @@ def test_resume_with_an_edited_space_file_is_refused(world: World) -> None:
     world.space.write_text(TINY_SPACE_TEXT)
     with pytest.raises(RunError, match="another space"):
         world.search(trials=5, resume=True, space=str(world.space))
+
+
+def test_details_are_asked_once_for_each_front_member_and_for_the_original(world: World) -> None:
+    front = world.search().front
+    assert len(front) > 1
+    asked = Counter(world.task.detailed)
+    assert asked == Counter(["dense", *(t.evaluation.policy.key() for t in front)])
+    with Journal.reading(world.run) as journal:
+        known = journal.fact("details")
+    assert known["dense"] == {"class 0 of fake": 0.95, "class 1 of val": 0.95**2}
+    assert set(known["trials"]) == {str(t.number) for t in front}
 
 
 def make_file(path: Path) -> None:

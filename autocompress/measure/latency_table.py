@@ -317,15 +317,12 @@ class Predictor:
         kept, known = self._graph.kept(policy), self._known
         total = self._table.precision(activations).overhead
         for layer, groups in self._groups:
-            integer = layer.name not in policy.floats and fits_integers(policy.layers.get(layer.name, _DENSE))
+            integer = layer.name not in policy.floats and fits_integers(policy.choice(layer.name))
             key = (layer.name, integer, activations, *[kept[group] for group in groups])
             if key not in known:
                 known[key] = self._table.layer_ms(layer, self._shapes.widths(layer, kept), integer, activations)
             total += known[key]
         return total
-
-
-_DENSE = LayerChoice()
 
 
 def fits_integers(choice: LayerChoice) -> bool:

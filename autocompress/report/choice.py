@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from autocompress.front import Trial, Wish, feasible
-from autocompress.policy import LayerChoice
 from autocompress.report.tables import Run, recipe_text, size_text
 
 MOVES = "s smaller, l larger, a trial's number, p its policy, q take it"
@@ -110,7 +109,6 @@ def _excluded(other: Trial, wish: Wish) -> str:
 
 def walk(run: Run, chosen: Trial, console: Console, ask: Callable[[str], str]) -> Trial:
     """Move along the front by what `ask` answers, until it says `q`, nothing, or ends; the trial to take."""
-    front: Sequence[Trial] = run.front
     while True:
         console.print(front_table(run, chosen))
         for sentence in explain(run, chosen, Wish(trial=chosen.number))[1:]:
@@ -124,7 +122,7 @@ def walk(run: Run, chosen: Trial, console: Console, ask: Callable[[str], str]) -
         if answer == "p":
             console.print(policy_table(run, chosen))
             continue
-        moved = _moved(front, chosen, answer)
+        moved = _moved(run, chosen, answer)
         if moved is None:
             what = f"trial {answer} on the front" if answer.isdigit() else f"move {answer!r}"
             console.print(f"There is no {what}: {MOVES}.", markup=False)
@@ -132,14 +130,13 @@ def walk(run: Run, chosen: Trial, console: Console, ask: Callable[[str], str]) -
             chosen = moved
 
 
-def _moved(front: Sequence[Trial], chosen: Trial, answer: str) -> Trial | None:
+def _moved(run: Run, chosen: Trial, answer: str) -> Trial | None:
     if answer.isdigit():
-        return next((t for t in front if t.number == int(answer)), None)
+        return next((t for t in run.front if t.number == int(answer)), None)
     if answer not in ("s", "l"):
         return None
-    smaller = [t for t in front if t.measured.bytes < chosen.measured.bytes]
-    larger = [t for t in front if t.measured.bytes > chosen.measured.bytes]
-    return (smaller[-1] if smaller else chosen) if answer == "s" else (larger[0] if larger else chosen)
+    smaller, larger = neighbours(run, chosen)
+    return (smaller if answer == "s" else larger) or chosen
 
 
 def front_table(run: Run, current: Trial | None = None) -> Table:
@@ -177,7 +174,7 @@ def policy_table(run: Run, trial: Trial) -> Table:
     shown = Table("layer", "bits", "", "zeros", "channels kept", "original", title_justify="left")
     shown.title = escape(f"Trial {trial.number}{recovery}")
     for layer in run.layers:
-        choice = policy.layers.get(layer["name"], LayerChoice())
+        choice = policy.choice(layer["name"])
         narrow = [f"{g} {policy.keep[g]:.0%}" for g in layer.get("groups", ()) if policy.keep.get(g, 1.0) < 1]
         bar = "█" * min(choice.bits, 16)
         zeros = f"{choice.sparsity:.0%}" if choice.sparsity else ""

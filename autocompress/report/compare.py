@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def write_comparison(runs: Sequence[Run], rows: Sequence[dict[str, Any]], path: 
     """The page: fronts, progress over evaluations and seconds, and the table."""
     names, box = names_of(runs), box_of(runs)
     lines = [
-        (Progress(name + (": screened" if line.name.startswith("screened") else ""), *_series(line)), colour)
+        (replace(line, name=name + (": screened" if line.screened else "")), colour)
         for run, name, colour in zip(runs, names, COLOURS, strict=False)
         for line in progress(run, box)
     ]
@@ -121,7 +122,3 @@ def write_comparison(runs: Sequence[Run], rows: Sequence[dict[str, Any]], path: 
         size=size_text, escape=html.escape, **assets(),
     )  # fmt: skip
     write(path, page.encode())
-
-
-def _series(line: Progress) -> tuple[list[int], list[float], list[float]]:
-    return line.evaluations, line.seconds, line.volume

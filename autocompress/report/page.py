@@ -23,7 +23,7 @@ from plotly.offline import get_plotlyjs
 from autocompress.artifact.packed import read
 from autocompress.errors import ArtifactError
 from autocompress.front import Trial
-from autocompress.policy import LayerChoice, Policy
+from autocompress.policy import Policy
 from autocompress.report.plots import (
     BLUE,
     GREY,
@@ -175,7 +175,7 @@ class Layers:
         """For each layer, the number of its choice in `choices`."""
         found = []
         for name in self.names:
-            choice = policy.layers.get(name, LayerChoice())
+            choice = policy.choice(name)
             found.append(self.choices.setdefault((choice.bits, choice.sparsity), len(self.choices)))
         return found
 
@@ -197,7 +197,7 @@ class Layers:
         """What `policy_figure` draws; bytes from the artifact where there is one, else about."""
         policy, sizes = trial.evaluation.policy, self.sizes(trial)
         shares = [self.share(i, policy) for i in range(len(self.names))]
-        chosen = [policy.layers.get(name, LayerChoice()) for name in self.names]
+        chosen = [policy.choice(name) for name in self.names]
         about = [round(self.takes(i, (c.bits, c.sparsity)) * shares[i]) for i, c in enumerate(chosen)]
         return Bars(
             [c.bits if share else 0 for c, share in zip(chosen, shares, strict=True)],
@@ -220,7 +220,7 @@ class Layers:
     def level(self, trial: Trial) -> list[str]:
         """The level of each layer, as the heat map names it."""
         policy = trial.evaluation.policy
-        chosen = [policy.layers.get(name, LayerChoice()) for name in self.names]
+        chosen = [policy.choice(name) for name in self.names]
         return [level_text(c.bits, c.sparsity) for c in chosen]
 
 
@@ -295,13 +295,9 @@ def _figures(run: Run, shown: Trial, layers: Layers) -> tuple[dict[str, Any], di
         found["sensitivity"] = sensitivity_figure(run, known, marks)
     runs = [run, *([run.random] if run.random is not None and run.random.front else [])]
     box = box_of(runs)
-    colours = {True: GREY, False: BLUE}
-    lines = [(line, colours[line.name.startswith("screened")]) for line in progress(run, box)]
-    lines += (
-        [(line, PURPLE) for line in progress(runs[1], box) if len(lines) and not line.name.startswith("screened")]
-        if len(runs) > 1
-        else []
-    )
+    lines = [(line, GREY if line.screened else BLUE) for line in progress(run, box)]
+    for other in runs[1:] if lines else []:
+        lines += [(line, PURPLE) for line in progress(other, box) if not line.screened]
     for x in ("evaluations", "seconds"):
         found[f"progress_{x}"] = progress_figure(lines, x)
     trained = _with_curves(run)

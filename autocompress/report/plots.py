@@ -217,13 +217,16 @@ def front_figure(run: Run, x: str = "bytes") -> go.Figure:
         text = f"budget {size_text(limit) if x == 'bytes' else f'{limit:.3g} ms'}"
         figure.add_vline(x=limit, line={"color": RED, "dash": "dash", "width": 1.5})
         _label(figure, math.log10(limit), 0, text, RED, yref="paper", textangle=-90)
-    titles = {"bytes": "file size, bytes (log)", "latency_ms": "latency, ms (log)"}
-    figure.update_xaxes(type="log", title=titles[x], **(_SIZE_TICKS if x == "bytes" else {}))
+    figure.update_xaxes(**_COST_AXES[x])
     figure.update_yaxes(title=_axis_name(run), range=list(quality_range(run)))
     return figure
 
 
 _SIZE_TICKS = {"tickformat": "~s", "dtick": "D2"}
+_COST_AXES: dict[str, dict[str, Any]] = {
+    "bytes": {"type": "log", "title": "file size, bytes (log)", **_SIZE_TICKS},
+    "latency_ms": {"type": "log", "title": "latency, ms (log)"},
+}
 
 
 def _axis_name(run: Run) -> str:
@@ -250,8 +253,7 @@ def fronts_figure(runs: Sequence[Run], names: Sequence[str], x: str = "bytes") -
     for limit in sorted(limit for limit in limits if limit is not None):
         figure.add_vline(x=limit, line={"color": GREY, "dash": "dash", "width": 1})
     ranges = [quality_range(run) for run in runs]
-    titles = {"bytes": "file size, bytes (log)", "latency_ms": "latency, ms (log)"}
-    figure.update_xaxes(type="log", title=titles[x], **(_SIZE_TICKS if x == "bytes" else {}))
+    figure.update_xaxes(**_COST_AXES[x])
     figure.update_yaxes(title=_axis_name(runs[0]), range=[min(r[0] for r in ranges), max(r[1] for r in ranges)])
     return figure
 

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.front import Trial
-from autocompress.policy import LayerChoice, Policy
 from autocompress.report.tables import Run
 
 SHOWN_TRIALS = 2_000
@@ -81,6 +80,7 @@ class Progress:
     evaluations: list[int]
     seconds: list[float]
     volume: list[float]
+    screened: bool = False
 
 
 class Box(NamedTuple):
@@ -157,7 +157,7 @@ def progress(run: Run, box: Box) -> list[Progress]:
             continue
         if evaluation.screened not in lines:
             name = "screened on a part of val" if evaluation.screened else run.settings.controller
-            lines[evaluation.screened] = Area(box), Progress(name, [], [], [])
+            lines[evaluation.screened] = Area(box), Progress(name, [], [], [], evaluation.screened)
         area, line = lines[evaluation.screened]
         if area.add(math.log(max(1, t.measured.bytes)), sign * t.measured.quality) or not line.volume:
             _extend(line, count, start + clock, area.value)
@@ -202,8 +202,8 @@ def choice_importance(run: Run) -> Importance | None:
     policies = [t.evaluation.policy for t in trials]
     for layer in run.layers:
         name = layer["name"]
-        columns[f"bits of {name}"] = [float(_choice(p, name).bits) for p in policies]
-        columns[f"zeros of {name}"] = [_choice(p, name).sparsity for p in policies]
+        columns[f"bits of {name}"] = [float(p.choice(name).bits) for p in policies]
+        columns[f"zeros of {name}"] = [p.choice(name).sparsity for p in policies]
     for group in groups:
         columns[f"channels of {group}"] = [p.keep.get(group, 1.0) for p in policies]
     return _forest(columns, [math.log(t.measured.loss) for t in trials])
@@ -220,10 +220,6 @@ def recipe_importance(run: Run) -> Importance | None:
         ranks = {value: float(i) for i, value in enumerate(sorted(set(values)))}
         columns[name.replace("_", " ")] = [ranks[v] if isinstance(v, str) else float(v) for v in values]
     return _forest(columns, [math.log(t.measured.loss / p.measured.loss) for t, p in known])
-
-
-def _choice(policy: Policy, layer: str) -> LayerChoice:
-    return policy.layers.get(layer, LayerChoice())
 
 
 def _forest(columns: dict[str, list[float]], target: list[float]) -> Importance | None:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from autocompress.errors import RunError
-from autocompress.evaluate import Job
+from autocompress.evaluate import Evaluate, Job
 from autocompress.trial import Evaluation
 
+Build = Callable[[], Evaluate]
+"""What a worker calls first, to load the task. It must be picklable."""
 Steps = Callable[[Job, int, int], None]
 """Hears of a job's training that it is at a step of so many."""
 
@@ -73,9 +75,9 @@ class Cluster:
                 "--ray takes no ray:// address: start the search on a node of the cluster with --ray auto (`ray job "
                 "submit` or `ray exec` do), or give the address that `ray start` printed"
             )
-        for name, value, low in (("cpus-per-trial", self.cpus, 0), ("gpus-per-trial", self.gpus, 0)):
-            if not (math.isfinite(value) and value >= low):
-                raise RunError(f"--{name} is {value}; it must be {low} or more")
+        for name, value in (("cpus-per-trial", self.cpus), ("gpus-per-trial", self.gpus)):
+            if not (math.isfinite(value) and value >= 0):
+                raise RunError(f"--{name} is {value}; it must be 0 or more")
         if self.cpus == self.gpus == 0:
             raise RunError("--cpus-per-trial and --gpus-per-trial are both 0; a trial must take something")
         if self.max_concurrent is not None and self.max_concurrent < 1:

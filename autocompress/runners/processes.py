@@ -10,15 +10,15 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from multiprocessing import connection, get_context
 from multiprocessing import process as processes
 from multiprocessing.connection import Connection
 from typing import Any
 
 from autocompress.errors import AutocompressError, RunError
-from autocompress.evaluate import Evaluate, Job
-from autocompress.runners.base import Result, Steps, keep_busy, unwatched
+from autocompress.evaluate import Job
+from autocompress.runners.base import Build, Result, Steps, keep_busy, unwatched
 from autocompress.trial import Evaluation
 
 STARTS = 3
@@ -28,9 +28,6 @@ EVERY = 0.5
 GRACE = 5.0
 """Seconds that idle processes get to end by themselves."""
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-Build = Callable[[], Evaluate]
-"""What a process calls first, to load the task. It must be picklable."""
 
 
 class ProcessRunner:

@@ -29,7 +29,7 @@ from autocompress.engine.cache import Cache
 from autocompress.errors import AutocompressError, RunError
 from autocompress.evaluate import Evaluate, Job
 from autocompress.files import write
-from autocompress.runners.base import Cluster, Result, Steps, keep_busy, unwatched
+from autocompress.runners.base import Build, Cluster, Result, Steps, keep_busy, unwatched
 from autocompress.trial import Evaluation
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before ray is imported: nothing is told to anyone
@@ -59,8 +59,6 @@ SHIPPED_BYTES = 2**30
 """Layer solutions are shipped as long as they take no more; workers find the others anew."""
 CLOSING = 10.0
 """Seconds that Tune gets to end its trials."""
-
-Build = Callable[[], Evaluate]
 
 
 class RayRunner:
