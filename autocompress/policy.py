@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from autocompress.errors import PolicyError
 
-Scheme = Literal["symmetric", "asymmetric"]
+Scheme = Literal["symmetric", "asymmetric", "entropy"]
 Solver = Literal["nearest", "database"]
 Criterion = Literal["l1", "l2", "taylor", "entropy", "gini", "reconstruction"]
 Decay = Literal["constant", "step", "exponential", "cosine", "polynomial", "one-cycle"]
@@ -27,6 +27,15 @@ BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 
 ACTIVATIONS = (8, 32)
 """Widths of what layers pass on: unsigned bytes between integer kernels, or single precision."""
+
+HALVES = (0.5, 1.5, 2.5, 3.5)
+"""Widths between those, for grids whose codes are entropy coded."""
+
+HEADROOM = 2
+"""Bits that entropy coded codes have beyond what a weight takes on average: they reach eight times its mean size."""
+
+MOST_ENTROPY = 6
+"""Widest of these: above, what a byte cannot reach costs more than the coding saves."""
 
 
 def _require(condition: bool, what: str, given: object, required: str) -> None:
@@ -53,20 +62,40 @@ def _one_of(what: str, given: str, kind: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """How one weight tensor is stored: share of zeros, bit width, and the grid's symmetry.
+    """How one weight tensor is stored: share of zeros, bit width, and the kind of grid.
 
     1 bit is always symmetric: the unpruned weights of a row are plus or minus one scale, whatever `scheme` says.
+    An `entropy` grid is symmetric with one step for all rows, chosen so that entropy coded codes take about `bits` per
+    weight on average, which may be a half between two whole ones; the codes themselves are wider. Above 6 bits it is a
+    plain symmetric one.
     """
 
-    bits: int = 32
+    bits: float = 32.0
     sparsity: float = 0.0
     scheme: Scheme = "symmetric"
 
     def __post_init__(self) -> None:
         _canonical(self)
-        _require(self.bits in BITS, "bits", self.bits, f"one of {BITS}")
+        if self.bits == int(self.bits):
+            object.__setattr__(self, "bits", int(self.bits))
+        _require(self.bits in BITS or self.entropy, "bits", self.bits, f"one of {BITS}; {HALVES} with scheme entropy")
         _require(0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "in [0, 1)")
         _one_of("scheme", self.scheme, Scheme)
+
+    @property
+    def entropy(self) -> bool:
+        """Whether it is the grid for entropy coded codes."""
+        return self.scheme == "entropy" and self.bits <= MOST_ENTROPY and self.bits in (*BITS, *HALVES)
+
+    @property
+    def width(self) -> int:
+        """Bits of the codes, or of the floats."""
+        return math.ceil(self.bits) + (HEADROOM if self.entropy else 0)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero point is in the middle of the codes, so that it is not stored."""
+        return self.scheme != "asymmetric" or self.width == 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: a search makes thousands, so it does not go through `asdict`."""
@@ -249,7 +278,7 @@ def _number(what: str, value: Any) -> float:
 
 def _typed(kind: type[LayerChoice] | type[Recovery], what: str, data: Any) -> dict[str, Any]:
     """`data` with each member checked against the type of the field's default value."""
-    defaults = asdict(kind())
+    defaults = {field_.name: field_.default for field_ in fields(kind)}
     record = _record(what, data, set(defaults))
     return {name: _as(type(defaults[name]), f"{what}.{name}", value) for name, value in record.items()}
 

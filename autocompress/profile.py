@@ -180,7 +180,7 @@ def levels_of(measures: Measures, space: Space, layer: Layer) -> tuple[Level, ..
     them, and no budget's best sum of losses moved by 0.1%.
     """
     scheme, solver = space.preferred("scheme"), space.preferred("solver")
-    every = [LayerChoice(int(b), zeros, scheme) for b in space.bits[layer.name] for zeros in space.sparsity[layer.name]]
+    every = [LayerChoice(b, zeros, scheme) for b in space.bits[layer.name] for zeros in space.sparsity[layer.name]]
     rough = _solved(measures, layer, every, "nearest")
     useful = [a for a in rough if not any(b.bytes <= a.bytes and b.error < a.error for b in rough)]
     return tuple(useful if solver == "nearest" else _solved(measures, layer, [a.choice for a in useful], solver))

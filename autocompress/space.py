@@ -16,14 +16,26 @@ from functools import cache, cached_property
 from importlib import resources
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from autocompress.artifact.layout import weight_entry
 from autocompress.errors import SpaceError
 from autocompress.graph import Graph, Group, Layer, Shape
-from autocompress.policy import BITS, Criterion, Decay, Gradient, LayerChoice, Policy, Recovery, Scales, Scheme, Solver
+from autocompress.policy import (
+    BITS,
+    HALVES,
+    Criterion,
+    Decay,
+    Gradient,
+    LayerChoice,
+    Policy,
+    Recovery,
+    Scales,
+    Scheme,
+    Solver,
+)
 
 Value = int | float | str | bool
 
@@ -63,11 +75,12 @@ Parameter = Ordered | Categorical | Real
 # --- the file -------------------------------------------------------------------------------------------
 
 
-def _known_bits(values: list[int]) -> list[int]:
-    wrong = [value for value in values if value not in BITS]
+def _known_bits(values: list[float]) -> list[float]:
+    wrong = [value for value in values if value not in (*BITS, *HALVES)]
     if wrong:
-        raise ValueError(f"{wrong[0]} is not among {', '.join(map(str, BITS))}")
-    return values
+        known, halves = (", ".join(map(str, bits)) for bits in (BITS, HALVES))
+        raise ValueError(f"{wrong[0]:g} is not among {known}; nor, for scheme entropy, among {halves}")
+    return [int(bits) if bits == int(bits) else bits for bits in values]
 
 
 def _rising(bounds: list[float]) -> list[float]:
@@ -76,7 +89,7 @@ def _rising(bounds: list[float]) -> list[float]:
     return bounds
 
 
-Bits = Annotated[list[int], Field(min_length=1), AfterValidator(_known_bits)]
+Bits = Annotated[list[float], Field(min_length=1), AfterValidator(_known_bits)]
 Sparsities = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)]
 Ratios = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
 Share = Annotated[list[Annotated[float, Field(ge=0, le=1)]], AfterValidator(_rising)]
@@ -157,6 +170,13 @@ class SpaceFile(_Section):
     recovery: RecoverySection = RecoverySection()
     override: list[Override] = []
 
+    @model_validator(mode="after")
+    def _halves(self) -> Self:
+        every = [*self.layers.bits, *(bits for override in self.override for bits in override.bits or ())]
+        if set(every) & set(HALVES) and set(self.layers.scheme) != {"entropy"}:
+            raise ValueError('half bits are averages of entropy coded codes: they need scheme = ["entropy"]')
+        return self
+
 
 def shipped() -> list[str]:
     """Names of the search spaces that come with the package."""
@@ -223,6 +243,8 @@ class Space:
     def __init__(self, file: SpaceFile, graph: Graph, *, integers: bool = False, branches: bool = True) -> None:
         """`integers` says whether what ships can run on integer kernels; otherwise activations are floats.
 
+        It is not entropy coded then, so that `entropy` grids give way to symmetric ones of 2 bits or more.
+
         `branches` says whether a keep ratio of 0 counts: bytes alone are saved by bits and zeros.
         """
         self.file, self.graph = file, graph
@@ -230,7 +252,10 @@ class Space:
         self.floats: tuple[str, ...] = ()
         """Layers that keep float kernels among integer ones: where that measures faster."""
         self.activations: tuple[int, ...] = tuple(dict.fromkeys(file.layers.activations)) if integers else (32,)
-        self.bits = {layer.name: _worthwhile(layer, self._layer(layer.name, "bits")) for layer in graph.layers}
+        schemes = ["symmetric" if integers and s == "entropy" else s for s in file.layers.scheme]
+        self.schemes: tuple[Scheme, ...] = tuple(dict.fromkeys(schemes))
+        self._whole = integers and "entropy" in file.layers.scheme
+        self.bits = {layer.name: self._widths(layer) for layer in graph.layers}
         self.sparsity = {
             layer.name: tuple(sorted(set(self._layer(layer.name, "sparsity")), reverse=True)) for layer in graph.layers
         }
@@ -242,6 +267,13 @@ class Space:
                     f"override match = {override.match!r} matches no layer and no channel group; "
                     f"names here start with {', '.join(names[:4])}"
                 )
+
+    def _widths(self, layer: Layer) -> tuple[float, ...]:
+        """Allowed widths in rising order, without those that a wider one undercuts."""
+        allowed = self._layer(layer.name, "bits")
+        if self._whole:
+            allowed = [bits for bits in allowed if bits >= 2 and bits == int(bits)] or [2]
+        return _worthwhile(layer, allowed, self.preferred("scheme"))
 
     def _layer(self, name: str, key: str) -> list[Any]:
         chosen: list[Any] = getattr(self.file.layers, key)
@@ -275,7 +307,7 @@ class Space:
             found.append(Ordered(f"bits/{layer.name}", self.bits[layer.name]))
             found.append(Ordered(f"sparsity/{layer.name}", self.sparsity[layer.name]))
         found += [Ordered(f"keep/{name}", ratios) for name, ratios in self.keep.items()]
-        found.append(Categorical("scheme", _distinct(self.file.layers.scheme)))
+        found.append(Categorical("scheme", self.schemes))
         found.append(Categorical("solver", _distinct(self.file.layers.solver)))
         if any(len(ratios) > 1 for ratios in self.keep.values()):
             found.append(Categorical("criterion", _distinct(self.file.channels.criterion)))
@@ -308,11 +340,11 @@ class Space:
     def decode(self, point: Mapping[str, Value], epochs: int = 0) -> Policy:
         """The policy at `point`; parameters that are absent take the largest (densest) or first choice."""
         layers = {}
-        scheme = point.get("scheme", self.file.layers.scheme[0])
+        scheme = point.get("scheme", self.schemes[0])
         for name in self.bits:
             bits = _at(self.bits[name], point, f"bits/{name}")
             zeros = _at(self.sparsity[name], point, f"sparsity/{name}")
-            layers[name] = _choice(int(bits), zeros, scheme)
+            layers[name] = _choice(bits, zeros, scheme)
         keep = {name: _at(ratios, point, f"keep/{name}") for name, ratios in self.keep.items()}
         criterion = point.get("criterion", self.file.channels.criterion[0])
         solver = point.get("solver", self.file.layers.solver[0])
@@ -377,12 +409,14 @@ class Space:
         """What to take for a choice without an order until something speaks against it."""
         if name == "activations":
             return min(self.activations)
-        sections = {"scheme": self.file.layers, "solver": self.file.layers, "criterion": self.file.channels}
+        sections = {"solver": self.file.layers, "criterion": self.file.channels}
         section = sections.get(name, self.file.batch_norm)
-        allowed: list[Any] = getattr(section, name.removeprefix("batch_norm/"))
-        # fewer bytes; fewer errors, twice; repaired norms
-        best = {"scheme": "symmetric", "solver": "database", "criterion": "reconstruction"}.get(name, True)
-        return best if best in allowed else allowed[0]
+        allowed: Sequence[Any] = (
+            self.schemes if name == "scheme" else getattr(section, name.removeprefix("batch_norm/"))
+        )
+        # fewer bytes for the same error; fewer errors, twice; repaired norms
+        best = {"scheme": ("entropy", "symmetric"), "solver": ("database",), "criterion": ("reconstruction",)}
+        return next((value for value in best.get(name, (True,)) if value in allowed), allowed[0])
 
     def only(self, layers: Mapping[str, LayerChoice], keep: Mapping[str, float] | None = None) -> Policy:
         """The dense model with these choices alone; it need not be in the space."""
@@ -392,7 +426,7 @@ class Space:
         ways = self.preferred("criterion"), recovery, self.preferred("solver"), self.preferred("activations")
         return Policy(layers, keep or {}, *ways, self.floats)
 
-    def uniform(self, bits: int = 32, sparsity: float = 0.0, keep: float = 1.0) -> Policy:
+    def uniform(self, bits: float = 32, sparsity: float = 0.0, keep: float = 1.0) -> Policy:
         """The same choice everywhere, or in each place the allowed one that is nearest to it."""
         point: dict[str, Value] = {}
         for name in self.bits:
@@ -406,31 +440,30 @@ class Space:
 
         Narrower is not always smaller: a weight with short rows pays more for scales than it saves on bits.
         """
-        point: dict[str, Value] = {f"keep/{name}": 0 for name in self.keep}
+        # an asymmetric grid stores zero points, and the codes of an entropy one are longer until they are coded
+        scheme = min(self.schemes, key=("symmetric", "entropy", "asymmetric").index)
+        point: dict[str, Value] = {"scheme": scheme, **{f"keep/{name}": 0 for name in self.keep}}
         shapes = self.graph.shapes(self.decode(point))
         for layer in self.graph.layers:
-            point[f"bits/{layer.name}"], point[f"sparsity/{layer.name}"] = self._cheapest(layer, shapes[layer.weight])
+            bits, zeros = self._cheapest(layer, shapes[layer.weight], scheme)
+            point[f"bits/{layer.name}"], point[f"sparsity/{layer.name}"] = bits, zeros
         if True in self.file.batch_norm.fold:
             point["batch_norm/fold"] = True
         if any(p.name == "criterion" for p in self.policy_parameters):  # its name stands in the file
             point["criterion"] = min(self.file.channels.criterion, key=len)
-        if "symmetric" in self.file.layers.scheme:  # an asymmetric grid stores zero points
-            point["scheme"] = "symmetric"
         return self.decode(point)
 
     def sparsest(self) -> Policy:
         """`smallest` with most zeros and fewest bits in every layer: often shorter once it is entropy coded."""
         smallest = self.smallest()
-        layers = {
-            n: replace(c, bits=int(self.bits[n][0]), sparsity=self.sparsity[n][0]) for n, c in smallest.layers.items()
-        }
+        layers = {n: replace(c, bits=self.bits[n][0], sparsity=self.sparsity[n][0]) for n, c in smallest.layers.items()}
         return replace(smallest, layers=layers)
 
-    def _cheapest(self, layer: Layer, shape: Shape) -> tuple[int, int]:
+    def _cheapest(self, layer: Layer, shape: Shape, scheme: Scheme) -> tuple[int, int]:
         """Indices of the bits and sparsity that store this weight in fewest bytes; the first of equals."""
 
         def size(pair: tuple[int, int]) -> int:
-            choice = LayerChoice(int(self.bits[layer.name][pair[0]]), self.sparsity[layer.name][pair[1]])
+            choice = LayerChoice(self.bits[layer.name][pair[0]], self.sparsity[layer.name][pair[1]], scheme)
             return section_bytes(layer, shape, choice)
 
         pairs = [(b, s) for b in range(len(self.bits[layer.name])) for s in range(len(self.sparsity[layer.name]))]
@@ -469,7 +502,7 @@ class Space:
 
 
 @cache
-def _choice(bits: int, sparsity: float, scheme: Any) -> LayerChoice:
+def _choice(bits: float, sparsity: float, scheme: Any) -> LayerChoice:
     """Few differ and each is checked when it is made."""
     return LayerChoice(bits, sparsity, scheme)
 
@@ -480,12 +513,14 @@ def section_bytes(layer: Layer, shape: Shape, choice: LayerChoice) -> int:
     return weight_entry(layer.weight, shape, choice, count - choice.zeros(count)).nbytes
 
 
-def _worthwhile(layer: Layer, bits: Sequence[int]) -> tuple[int, ...]:
+def _worthwhile(layer: Layer, bits: Sequence[float], scheme: Scheme) -> tuple[float, ...]:
     """Widths in rising order, without those that a wider one undercuts (short rows pay more for scales than bits)."""
-    kept: list[int] = []
-    smallest = math.inf
+    kept: list[float] = []
+    smallest, count = math.inf, prod(layer.shape)
     for width in sorted(set(bits), reverse=True):
-        size = weight_entry(layer.weight, layer.shape, LayerChoice(width), prod(layer.shape)).nbytes
+        choice = LayerChoice(width, 0.0, scheme)
+        coded = math.ceil(width * count / 8) if choice.entropy else None
+        size = weight_entry(layer.weight, layer.shape, choice, count, coded).nbytes
         if size < smallest:
             kept.append(width)
             smallest = size

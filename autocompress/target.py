@@ -381,15 +381,14 @@ def _shapes(model: nn.Module, inputs: Any) -> list[Shape]:
 
 def _dummy(choice: LayerChoice | None, dtype: str, shape: Shape) -> Filling:
     """What takes as many bytes as any tensor of this shape under `choice`, or beside the layers (None)."""
-    width = 16 if choice is None else choice.bits
+    width = 16 if choice is None else choice.width
     if width == 32 or dtype == "exact" or not dtype.startswith(("float", "bfloat")):
         return np.zeros(shape, dtype=np.float32 if width == 32 or dtype in ("exact", "bfloat16") else dtype)
     if choice is None or width == 16:
         return Halves(np.zeros(shape, dtype=np.float16), 1.0)
     count = math.prod(shape)
     stays = (torch.arange(count) >= choice.zeros(count)).reshape(shape)
-    symmetric = choice.scheme == "symmetric" or width == 1
     zero = torch.full((shape[0],), 2 ** (width - 1), dtype=torch.uint8)
     codes = torch.where(stays, 0, zero.reshape(-1, *[1] * (len(shape) - 1))).to(torch.uint8)
     mask = None if bool(stays.all()) else stays
-    return filling(Quantised(codes, torch.ones(shape[0]), zero, width, symmetric, mask))
+    return filling(Quantised(codes, torch.ones(shape[0]), zero, width, choice.symmetric, mask))

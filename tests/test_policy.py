@@ -17,7 +17,7 @@ CHOICES = st.builds(
     LayerChoice,
     bits=st.sampled_from(BITS),
     sparsity=st.floats(0, 1, exclude_max=True),
-    scheme=st.sampled_from(["symmetric", "asymmetric"]),
+    scheme=st.sampled_from(["symmetric", "asymmetric", "entropy"]),
 )
 RECOVERIES = st.builds(
     Recovery,
@@ -194,6 +194,29 @@ def test_the_number_of_zeros_is_the_share_rounded_down(count: int, sparsity: flo
     assert zeros < max(1, count)
 
 
+@pytest.mark.parametrize(
+    ("bits", "scheme", "width"),
+    [
+        (0.5, "entropy", 3),
+        (1, "entropy", 3),
+        (1.5, "entropy", 4),
+        (2, "entropy", 4),
+        (6, "entropy", 8),
+        (7, "entropy", 7),
+        (8, "entropy", 8),
+        (16, "entropy", 16),
+        (4, "symmetric", 4),
+        (4, "asymmetric", 4),
+        (32, "symmetric", 32),
+    ],
+)
+def test_entropy_coded_codes_are_wider_than_what_they_take(bits: float, scheme: Any, width: int) -> None:
+    choice = LayerChoice(bits, scheme=scheme)
+    assert choice.width == width
+    assert choice.symmetric == (scheme != "asymmetric")
+    assert LayerChoice(**choice.to_json()) == choice
+
+
 # --- identity ---------------------------------------------------------------------------------------------
 
 
@@ -240,6 +263,7 @@ def test_keys_are_equal_exactly_when_policies_are(one: Policy, two: Policy) -> N
     ("one", "two"),
     [
         (Policy(keep={"a": 1}), Policy(keep={"a": 1.0})),
+        (Policy({"a": LayerChoice(4)}), Policy({"a": LayerChoice(4.0)})),
         (Policy({"a": LayerChoice(sparsity=0)}), Policy({"a": LayerChoice(sparsity=0.0)})),
         (Policy({"a": LayerChoice(sparsity=-0.0)}), Policy({"a": LayerChoice(sparsity=0.0)})),
         (Policy(recovery=Recovery(lr=1, temperature=2)), Policy(recovery=Recovery(lr=1.0, temperature=2.0))),
@@ -343,10 +367,13 @@ def test_plain_data_is_a_copy() -> None:
         ({"layers": None}, "policy.layers must be an object"),
         ({"layers": {"a": 4}}, "policy.layers.a must be an object"),
         ({"layers": {"a": {"bit": 4}}}, "policy.layers.a has unknown member 'bit'"),
-        ({"layers": {"a": {"bits": "4"}}}, "policy.layers.a.bits must be int"),
-        ({"layers": {"a": {"bits": 4.0}}}, "policy.layers.a.bits must be int"),
-        ({"layers": {"a": {"bits": True}}}, "policy.layers.a.bits must be int"),
-        ({"layers": {"a": {"bits": [4]}}}, "policy.layers.a.bits must be int"),
+        ({"layers": {"a": {"bits": "4"}}}, "policy.layers.a.bits must be a number"),
+        ({"layers": {"a": {"bits": True}}}, "policy.layers.a.bits must be a number"),
+        ({"layers": {"a": {"bits": [4]}}}, "policy.layers.a.bits must be a number"),
+        ({"layers": {"a": {"bits": math.nan}}}, "bits is nan"),
+        ({"layers": {"a": {"bits": 2.5}}}, "bits is 2.5; it must be one of (1, 2,"),
+        ({"layers": {"a": {"bits": 2.25, "scheme": "entropy"}}}, "bits is 2.25"),
+        ({"layers": {"a": {"bits": 6.5, "scheme": "entropy"}}}, "bits is 6.5"),
         ({"layers": {"a": {"bits": 5000}}}, "bits is 5000"),
         ({"layers": {"a": {"sparsity": "0.5"}}}, "policy.layers.a.sparsity must be a number"),
         ({"layers": {"a": {"sparsity": None}}}, "policy.layers.a.sparsity must be a number"),

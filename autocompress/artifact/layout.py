@@ -134,17 +134,17 @@ def weight_entry(name: str, shape: Shape, choice: LayerChoice, kept: int, coded:
     if not prod(shape):
         return Entry(name, "full", shape, 32)
     kinds: dict[int, Kind] = {16: "half", 32: "full"}
-    kind, count = kinds.get(choice.bits, "quantised"), prod(shape)
-    symmetric = choice.scheme == "symmetric" or choice.bits == 1 or kind != "quantised"
+    kind, count = kinds.get(choice.width, "quantised"), prod(shape)
+    symmetric = choice.symmetric or kind != "quantised"
     options = []
-    if kept == count or choice.bits > 1:  # one bit is a sign and cannot be zero
-        options.append(Entry(name, kind, shape, choice.bits, "dense", count, symmetric))
+    if kept == count or choice.width > 1:  # one bit is a sign and cannot be zero
+        options.append(Entry(name, kind, shape, choice.width, "dense", count, symmetric))
     if kept < count:
-        options.append(Entry(name, kind, shape, choice.bits, "bitmask", kept, symmetric))
+        options.append(Entry(name, kind, shape, choice.width, "bitmask", kept, symmetric))
     shortest = min(options, key=lambda entry: entry.nbytes)
     if coded is None or count > SYMBOLS_PER_BYTE * coded:
         return shortest
-    stream = Entry(name, kind, shape, choice.bits, "entropy", count, symmetric, coded=coded)
+    stream = Entry(name, kind, shape, choice.width, "entropy", count, symmetric, coded=coded)
     return stream if stream.nbytes + WORTHWHILE <= shortest.nbytes else shortest
 
 

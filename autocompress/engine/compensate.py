@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from autocompress.engine.quantize import Grid, fit_grid
+from autocompress.engine.quantize import Grid, grid_of
 from autocompress.policy import LayerChoice
 from autocompress.stored import round_to_half
 
@@ -325,9 +325,8 @@ def solve(
     fitted = weight.float() if whole else least_squares(weight, h, mask, tolerance=FINE if final else TOLERANCE)
     if final:
         return fitted, None
-    symmetric, importance = choice.scheme == "symmetric", diagonal_of(h, len(weight))
-    grid = fit_grid(fitted, choice.bits, symmetric=symmetric, importance=importance)
-    many = choice.bits <= STARTED_BITS and weight.numel() * weight.shape[1] <= STARTED_SIZE
+    grid = grid_of(fitted, choice, diagonal_of(h, len(weight)))
+    many = not choice.entropy and choice.bits <= STARTED_BITS and weight.numel() * weight.shape[1] <= STARTED_SIZE
     starts = torch.tensor(STARTS if many else (1.0,))
 
     def each(rows: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from autocompress.engine.channels import Reader, refit, removal_ranks
 from autocompress.engine.compensate import Factor, factorise, ranked, refit_scale, removal_order, solve, times
 from autocompress.engine.moments import moments
 from autocompress.engine.prune import Slice, magnitude_mask
-from autocompress.engine.quantize import Grid, fit_grid, quantise
+from autocompress.engine.quantize import Grid, grid_of, quantise
 from autocompress.graph import Graph, Layer, Member, Shape
 from autocompress.policy import LayerChoice
 from autocompress.stored import Full, Half, Quantised, Stored, round_to_half
@@ -138,15 +138,14 @@ def _stored(entry: Entry, layer: Layer, choice: LayerChoice) -> Stored:
     codes = _checked(entry, "codes", torch.uint8, layer.shape)
     scale = _checked(entry, "scale", torch.float32, layer.shape[:1])
     zero = _checked(entry, "zero", torch.uint8, layer.shape[:1])
-    symmetric = choice.scheme == "symmetric" or choice.bits == 1
-    top = max(2, 2**choice.bits - 1)  # one bit is a sign, and 1 between its codes 0 and 2 is zero
+    top = max(2, 2**choice.width - 1)  # one bit is a sign, and 1 between its codes 0 and 2 is zero
     if int(codes.max()) > top or int(zero.max()) > top:
-        raise ValueError(f"codes or zero points are beyond {choice.bits} bits")
-    if symmetric and bool((zero != 2 ** (choice.bits - 1)).any()):
+        raise ValueError(f"codes or zero points are beyond {choice.width} bits")
+    if choice.symmetric and bool((zero != 2 ** (choice.width - 1)).any()):
         raise ValueError("a symmetric grid has its zero elsewhere")
     if mask is not None and bool((codes != zero.reshape(-1, *[1] * (codes.ndim - 1)))[~mask].any()):
         raise ValueError("pruned weights are not zero")
-    return Quantised(codes, scale, zero, choice.bits, symmetric, mask).with_length()
+    return Quantised(codes, scale, zero, choice.width, choice.symmetric, mask).with_length()
 
 
 def _checked(entry: Entry, name: str, kind: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -405,7 +404,7 @@ def _by_frequency(layer: Layer, weight: Tensor, frequency: Tensor, choice: Layer
     if choice.bits >= 16:
         return quantise(weight, choice, mask if zeros else None)
     kept = weight.float() * mask
-    grid = fit_grid(kept, choice.bits, symmetric=choice.scheme == "symmetric")
+    grid = grid_of(kept, choice)
     for _ in range(REFITS):
         codes = torch.where(mask, grid.encode(kept), grid.zero[:, None])
         grid = refit_scale(codes, kept, None, grid)

@@ -327,7 +327,7 @@ class Predictor:
 
 def fits_integers(choice: LayerChoice) -> bool:
     """Whether integer kernels take the weight: codes counted from their zero point are signed bytes."""
-    return choice.bits < 8 or (choice.bits == 8 and choice.scheme == "symmetric")
+    return choice.width < 8 or (choice.width == 8 and choice.symmetric)
 
 
 def _sides(graph: Graph) -> dict[str, tuple[_Side, ...]]:

@@ -176,7 +176,7 @@ def policy_table(run: Run, trial: Trial) -> Table:
     for layer in run.layers:
         choice = policy.choice(layer["name"])
         narrow = [f"{g} {policy.keep[g]:.0%}" for g in layer.get("groups", ()) if policy.keep.get(g, 1.0) < 1]
-        bar = "█" * min(choice.bits, 16)
+        bar = "█" * round(min(choice.bits, 16))
         zeros = f"{choice.sparsity:.0%}" if choice.sparsity else ""
         shown.add_row(
             escape(layer["name"]), str(choice.bits), bar, zeros, escape(", ".join(narrow)), size_text(layer["bytes"])

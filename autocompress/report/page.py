@@ -166,10 +166,10 @@ class Layers:
         self.names = [str(layer["name"]) for layer in run.layers]
         self.groups = [list(layer.get("groups", ())) for layer in run.layers]
         self.weights = [math.prod(layer["shape"]) for layer in run.layers]
-        self._levels: dict[str, dict[tuple[int, float], int]] = {}
+        self._levels: dict[str, dict[tuple[float, float], int]] = {}
         for layer in run.levels.layers if run.levels is not None else ():
             self._levels[layer.name] = {(x.choice.bits, x.choice.sparsity): x.bytes for x in layer.levels}
-        self.choices: dict[tuple[int, float], int] = {}
+        self.choices: dict[tuple[float, float], int] = {}
 
     def index(self, policy: Policy) -> list[int]:
         """For each layer, the number of its choice in `choices`."""
@@ -179,7 +179,7 @@ class Layers:
             found.append(self.choices.setdefault((choice.bits, choice.sparsity), len(self.choices)))
         return found
 
-    def takes(self, layer: int, choice: tuple[int, float]) -> int:
+    def takes(self, layer: int, choice: tuple[float, float]) -> int:
         """About how many bytes a layer takes with all its channels."""
         known = self._levels.get(self.names[layer], {}).get(choice)
         bits, zeros = choice

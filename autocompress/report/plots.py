@@ -32,7 +32,7 @@ COLOURS = (BLUE, RED, GREEN, PURPLE, "#56B4E9", ORANGE)
 class Bars(NamedTuple):
     """A number a layer, in network order: bits (0 where it is gone), % zeros, % of channels, bytes in the file."""
 
-    bits: list[int]
+    bits: list[float]
     zeros: list[float]
     channels: list[float]
     after: list[float | None]
@@ -381,7 +381,11 @@ def policy_figure(run: Run, bars: Bars) -> go.Figure:
     """
     names = layer_names(run)
     figure = _figure(640, bargap=0.25, barmode="overlay")
-    series = [("bits", bars.bits, BLUE, 1), ("zeros", bars.zeros, ORANGE, 2), ("channels", bars.channels, GREEN, 3)]
+    series: list[tuple[str, Sequence[float | None], str, int]] = [
+        ("bits", bars.bits, BLUE, 1),
+        ("zeros", bars.zeros, ORANGE, 2),
+        ("channels", bars.channels, GREEN, 3),
+    ]
     series += [("before", [layer["bytes"] for layer in run.layers], GREY, 4), ("after", bars.after, BLUE, 4)]
     for name, values, colour, row in series:
         unit = {"bits": " bits", "before": " bytes before", "after": " bytes after"}.get(name, f"% {name}")

@@ -244,7 +244,7 @@ class Sensitivity:
     """Loss of the model if one layer alone has a level: `loss[layer][level]`, NaN where no search would use it."""
 
     layers: list[str]
-    levels: list[tuple[int, float]]
+    levels: list[tuple[float, float]]
     loss: list[list[float]]
 
 
@@ -260,7 +260,7 @@ def sensitivity(run: Run) -> Sensitivity | None:
     return Sensitivity([layer.name for layer in run.levels.layers], levels, rows)
 
 
-def level_text(bits: int, sparsity: float) -> str:
+def level_text(bits: float, sparsity: float) -> str:
     """`3 bits, 50% zeros`."""
     return f"{bits} bit{'s' * (bits != 1)}" + (f", {sparsity:.0%} zeros" if sparsity else "")
 

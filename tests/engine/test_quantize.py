@@ -10,7 +10,7 @@ from torch import Tensor
 from autocompress.coding import coded_length
 from autocompress.engine import quantize
 from autocompress.engine.prune import magnitude_mask
-from autocompress.engine.quantize import CLIPPING, Grid, fit_grid, quantise, rescale
+from autocompress.engine.quantize import CLIPPING, Grid, fit_grid, grid_of, quantise, rescale
 from autocompress.policy import LayerChoice, Scheme
 from autocompress.stored import Full, Half, Quantised, Raw, round_to_half
 
@@ -60,6 +60,68 @@ def test_stored_codes_decode_to_the_grids_values(bits: int, scheme: Scheme) -> N
     assert int(stored.codes.max()) < 2**bits
     assert torch.equal(stored.dense(), on_grid(weight, bits, scheme))
     assert len(torch.unique(stored.dense()[0])) <= 2**bits
+
+
+# --- grids for entropy coded codes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6])
+def test_entropy_coded_normal_weights_take_about_the_bits_asked_for(bits: float) -> None:
+    stored = quantise(weights(rows=64, columns=4000), LayerChoice(bits, scheme="entropy"), None)
+    assert isinstance(stored, Quantised)
+    assert stored.coded is not None
+    _, counts = torch.unique(stored.codes, return_counts=True)
+    shares = counts.double() / counts.sum()
+    entropy = float(-(shares * shares.log2()).sum())
+    assert entropy == pytest.approx(bits, abs=0.2 if bits > 1 else 0.4)
+    assert 8 * stored.coded / stored.codes.numel() == pytest.approx(entropy, abs=0.02)
+
+
+def test_entropy_grids_have_one_step_in_proportion_to_the_weight() -> None:
+    weight, choice = weights(), LayerChoice(3, scheme="entropy")
+    grid = grid_of(weight, choice)
+    assert torch.equal(grid.scale, grid.scale[:1].expand(8))
+    assert float(grid.scale[0]) == pytest.approx(float(weight.square().mean().sqrt()) / 2, rel=1e-3)
+    assert torch.equal(grid_of(4 * weight, choice).scale, 4 * grid.scale)
+    assert torch.equal(grid.zero, torch.full((8,), 16.0))
+
+
+def test_entropy_grids_clip_nothing_within_eight_sizes() -> None:
+    weight = weights(rows=4, columns=5000)
+    weight[0, 0], weight[1, 1] = 7.5, -7.5
+    for bits in (1, 2, 3, 6):
+        stored = quantise(weight, LayerChoice(bits, scheme="entropy"), None)
+        assert isinstance(stored, Quantised)
+        assert (stored.dense() - weight).abs().max() <= stored.scale.max() * (1 if bits == 1 else 0.501)
+
+
+def test_at_equal_length_an_entropy_grid_loses_less_where_some_weights_are_large() -> None:
+    """A best grid per row clips them."""
+    weight = torch.distributions.Laplace(0.0, 1.0).icdf(
+        torch.rand(32, 2000, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
+    )
+    clipped = quantise(weight, LayerChoice(4), None)
+    coded = quantise(weight, LayerChoice(3, scheme="entropy"), None)
+    assert isinstance(clipped, Quantised)
+    assert isinstance(coded, Quantised)
+    assert coded.coded is not None
+    assert clipped.coded is not None
+    assert coded.coded < clipped.coded
+    assert squared_error(coded.dense(), weight) < 0.9 * squared_error(clipped.dense(), weight)
+
+
+def test_rows_of_greater_weight_get_finer_steps() -> None:
+    weight, choice = weights(), LayerChoice(2, scheme="entropy")
+    importance = torch.ones(8, 60)
+    importance[0] = 16.0
+    scale = grid_of(weight, choice, importance).scale
+    assert float(scale[1] / scale[0]) == pytest.approx(4.0, rel=2e-3)
+    assert torch.equal(grid_of(weight, choice, torch.rand(60)).scale, grid_of(weight, choice).scale)
+
+
+def test_an_entropy_grid_of_zeros_is_zero() -> None:
+    stored = quantise(torch.zeros(3, 5), LayerChoice(2, scheme="entropy"), None)
+    assert torch.equal(stored.dense(), torch.zeros(3, 5))
 
 
 # --- fitted grids ---------------------------------------------------------------------------------------
