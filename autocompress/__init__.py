@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from autocompress.space import Space, load_space
     from autocompress.study import Settings, Study, search
     from autocompress.task import Batch, ClassificationTask, RegressionTask, Task, load_task
+    from autocompress.tasks.outputs import OutputsTask
     from autocompress.trial import Budget, Evaluation, Limit, Measurement
 
 _HOMES = {
@@ -45,6 +46,7 @@ _HOMES = {
     "space": ("Space", "load_space"),
     "study": ("Settings", "Study", "search"),
     "task": ("Batch", "ClassificationTask", "RegressionTask", "Task", "load_task"),
+    "tasks.outputs": ("OutputsTask",),
     "trial": ("Budget", "Evaluation", "Limit", "Measurement"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -63,6 +65,7 @@ __all__ = [
     "Limit",
     "Measurement",
     "NothingFits",
+    "OutputsTask",
     "Policy",
     "PolicyError",
     "Recovery",

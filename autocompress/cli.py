@@ -49,9 +49,18 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 Json = Annotated[bool, typer.Option("--json", help="End with one line that is a JSON object.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, finished or not.", metavar="RUN")]
 TaskSpec = Annotated[
-    str, typer.Argument(help="digits, cifar10, my_task.py:NAME or package.module:NAME.", metavar="TASK")
+    str,
+    typer.Argument(
+        help="digits, cifar10, my_task.py:NAME, package.module:NAME, hf:MODEL or timm:MODEL.", metavar="TASK"
+    ),
 ]
-DataDir = Annotated[Path | None, typer.Option("--data", help="cifar10 only: folder with cifar-10-batches-py/.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="cifar10: the folder of cifar-10-batches-py/. hf: texts (.txt) or inputs (.safetensors). timm: inputs.",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of ONNX Runtime when it is timed.  [default: 1]")]
 BatchSize = Annotated[int | None, typer.Option("--batch", help="Inputs at once when it is timed.  [default: 1]")]
 Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", help="cifar10 only: state dict of a CIFAR ResNet.")]

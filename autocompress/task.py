@@ -370,15 +370,20 @@ BUILTIN = ("digits", "cifar10")
 def load_task(spec: str, *, data: Path | None = None, checkpoint: Path | None = None) -> Task:
     """The task that `spec` names: `digits`, `cifar10`, `path/to/file.py:name` or `package.module:name`.
 
-    The named object is a task or a function without arguments that returns one. `data` and `checkpoint` belong
-    to `cifar10`. Raises `TaskError` naming the fix.
+    The named object is a task or a function without arguments that returns one. `hf:PATH_OR_NAME` and `timm:NAME` are
+    models of transformers and timm. `data` and `checkpoint` belong to these and `cifar10`. Raises `TaskError` naming
+    the fix.
     """
+    if spec.startswith(("hf:", "timm:")):
+        from autocompress.tasks.library import library_task
+
+        return library_task(spec, data, checkpoint)
     if spec == "cifar10":
         from autocompress.tasks.cifar10 import cifar10
 
         return cifar10(data, checkpoint)
     if data is not None or checkpoint is not None:
-        raise TaskError(f"--data and --checkpoint belong to the task cifar10, not to {spec!r}")
+        raise TaskError(f"--data and --checkpoint belong to cifar10, hf: and timm:, not to {spec!r}")
     if spec == "digits":
         from autocompress.tasks.digits import digits
 
@@ -386,7 +391,7 @@ def load_task(spec: str, *, data: Path | None = None, checkpoint: Path | None = 
     where, _, name = spec.rpartition(":")
     if not where or not name:
         raise TaskError(
-            f"no task {spec!r}: use {', '.join(BUILTIN)}, my_task.py:NAME or package.module:NAME "
+            f"no task {spec!r}: use {', '.join(BUILTIN)}, hf:MODEL, timm:MODEL, my_task.py:NAME or package.module:NAME "
             "(`autocompress init` writes a file to start from)"
         )
     found = _guarded(spec, lambda: _import(where))

@@ -200,6 +200,7 @@ def test_the_public_names_are_these() -> None:
         "Limit",
         "Measurement",
         "NothingFits",
+        "OutputsTask",
         "Policy",
         "PolicyError",
         "Recovery",
