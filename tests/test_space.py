@@ -92,7 +92,17 @@ def random_policy(space: Space, seed: int, epochs: int = 0) -> Policy:
 
 
 def test_the_shipped_spaces_are_these() -> None:
-    assert SHIPPED == ["default", "distill", "int8", "large", "latency", "mixed-precision", "prune-only", "structured", "tiny"]
+    assert SHIPPED == [
+        "default",
+        "distill",
+        "int8",
+        "large",
+        "latency",
+        "mixed-precision",
+        "prune-only",
+        "structured",
+        "tiny",
+    ]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -127,7 +127,10 @@ def test_a_changed_file_is_read_again(write: Callable[..., str]) -> None:
 @pytest.mark.parametrize("spec", ["cifar", "my_task.py", "my_task.py:", ":task", ":", ""])
 def test_a_name_that_is_no_task_lists_what_is(spec: str) -> None:
     message = complaint(spec)
-    assert f"no task {spec!r}: use digits, cifar10, hf:MODEL, timm:MODEL, my_task.py:NAME or package.module:NAME" in message
+    assert (
+        f"no task {spec!r}: use digits, cifar10, hf:MODEL, timm:MODEL, my_task.py:NAME or package.module:NAME"
+        in message
+    )
     assert "autocompress init" in message
 
 
@@ -182,7 +185,9 @@ def test_a_direction_is_max_or_min(write: Callable[..., str]) -> None:
 
 def test_data_and_checkpoint_belong_to_cifar10(tmp_path: Path) -> None:
     for options in ({"data": tmp_path}, {"checkpoint": tmp_path}):
-        with pytest.raises(TaskError, match="--data and --checkpoint belong to cifar10, hf: and timm:, not to 'digits'"):
+        with pytest.raises(
+            TaskError, match="--data and --checkpoint belong to cifar10, hf: and timm:, not to 'digits'"
+        ):
             load_task("digits", **options)
     with pytest.raises(TaskError, match=r"cifar10 needs --data DIR .* and --checkpoint FILE"):
         load_task("cifar10")
