@@ -22,6 +22,7 @@ class Flight:
         self.again: deque[Job] = deque()
         self._results: dict[int, Evaluation] = {}
         self._twins: dict[int, list[Job]] = {}
+        self._first: dict[tuple[str, bool], int] = {}
 
     @property
     def running(self) -> int:
@@ -35,9 +36,9 @@ class Flight:
 
     def enter(self, job: Job) -> bool:
         """Whether the job must run: one like it may be in flight, and then gets its result."""
-        same = next((j for j in self.jobs.values() if (j.policy, j.screen) == (job.policy, job.screen)), None)
-        if same is not None:
-            self._twins.setdefault(same.number, []).append(job)
+        first = self._first.setdefault((job.policy.key(), job.screen), job.number)
+        if first != job.number:
+            self._twins.setdefault(first, []).append(job)
             return False
         self.jobs[job.number] = job
         return True
@@ -53,5 +54,6 @@ class Flight:
         found = sorted(self._results)
         told = [(number, self._results.pop(number), self._twins.pop(number, [])) for number in found]
         for number in found:
-            del self.jobs[number]
+            job = self.jobs.pop(number)
+            del self._first[job.policy.key(), job.screen]
         return told

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from autocompress.errors import AutocompressError, NothingFits
 from autocompress.trial import Budget, Evaluation, Measurement
@@ -46,7 +49,8 @@ def non_dominated(points: Sequence[Point]) -> list[int]:
     order = sorted(range(len(points)), key=lambda i: (points[i], i))
     front: list[int] = []
     for i in order:  # in lexicographic order nothing later dominates anything earlier
-        if not any(points[j] == points[i] or dominates(points[j], points[i]) for j in front):
+        rivals = front[-1:] if len(points[i]) == 2 else front  # of two objectives the last has the least second one
+        if not any(points[j] == points[i] or dominates(points[j], points[i]) for j in rivals):
             front.append(i)
     return sorted(front)
 
@@ -98,6 +102,60 @@ def front_of(trials: Sequence[Trial], direction: str, *, latency: bool = False) 
     ok = scored(trials)
     chosen = non_dominated([objectives(trial, direction, latency=latency) for trial in ok])
     return sorted((ok[i] for i in chosen), key=lambda trial: (trial.measured.bytes, trial.number))
+
+
+@dataclass(eq=False)
+class Archive:
+    """What `front_of` and `pick` say of all feasible trials, kept up as trials come one by one.
+
+    Adding one costs time in the size of the front, whatever the number of trials before it.
+    """
+
+    direction: str
+    budget: Budget
+    latency: bool = False
+    _whole: _Members = field(default_factory=lambda: _Members(), init=False)
+    _screened: _Members = field(default_factory=lambda: _Members(), init=False)
+    _any_whole: bool = field(default=False, init=False)
+
+    def add(self, trial: Trial) -> None:
+        """One more trial; of equal ones the first counts."""
+        if trial.evaluation.status != "ok":
+            return
+        screened = trial.evaluation.screened
+        self._any_whole |= not screened
+        if self.budget.excess(trial.measured) <= 0:
+            point = objectives(trial, self.direction, latency=self.latency)
+            (self._screened if screened else self._whole).add(point, trial)
+
+    def front(self) -> list[Trial]:
+        """Non-dominated feasible trials, smallest first; screened ones count until one was scored on all of `val`."""
+        members = (self._whole if self._any_whole else self._screened).trials
+        return sorted(members, key=lambda trial: (trial.measured.bytes, trial.number))
+
+    def best(self) -> Trial | None:
+        """The best quality, if anything is feasible."""
+        front = self.front()
+        return _best(front, self.direction) if front else None
+
+
+@dataclass(eq=False)
+class _Members:
+    """Non-dominated trials with their points (members, objectives), in the order in which they came."""
+
+    trials: list[Trial] = field(default_factory=list)
+    points: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
+
+    def add(self, point: Point, trial: Trial) -> None:
+        new = np.array([point])  # (1, objectives)
+        if not self.trials:
+            self.trials, self.points = [trial], new
+            return
+        if (self.points <= new).all(axis=1).any():
+            return
+        stays = np.flatnonzero(~(new <= self.points).all(axis=1))
+        self.trials = [*(self.trials[i] for i in stays), trial]
+        self.points = np.concatenate([self.points[stays], new])
 
 
 def scored(trials: Sequence[Trial]) -> list[Trial]:
@@ -158,7 +216,12 @@ def pick(trials: Sequence[Trial], direction: str, wish: Wish, budget: Budget) ->
         return candidates[knee([(p[0], math.log(p[1])) for p in points])]
     if not wish.best and wish.min_quality is not None and wish.max_size is None and wish.max_latency is None:
         return min(fits, key=lambda t: (t.measured.bytes, -sign * t.measured.quality, t.number))
-    return min(fits, key=lambda t: (-sign * t.measured.quality, t.measured.bytes, t.measured.latency_ms, t.number))
+    return _best(fits, direction)
+
+
+def _best(trials: Sequence[Trial], direction: str) -> Trial:
+    sign = 1.0 if direction == "max" else -1.0
+    return min(trials, key=lambda t: (-sign * t.measured.quality, t.measured.bytes, t.measured.latency_ms, t.number))
 
 
 def _named(trials: Sequence[Trial], number: int) -> Trial:

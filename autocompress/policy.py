@@ -248,7 +248,8 @@ class Policy:
     def without_recovery(self) -> Policy:
         """The one-shot policy: everything but the recovery training; batch norms are treated alike."""
         r = self.recovery
-        return replace(self, recovery=Recovery(reestimate_bn=r.reestimate_bn, fold_bn=r.fold_bn))
+        plain = Recovery(reestimate_bn=r.reestimate_bn, fold_bn=r.fold_bn)
+        return self if r == plain else replace(self, recovery=plain)
 
     def key(self) -> str:
         """16 hexadecimal digits that are equal if and only if (SHA-256) the policies are."""

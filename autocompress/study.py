@@ -38,7 +38,7 @@ from autocompress.errors import AutocompressError, NothingFits, RunError
 from autocompress.evaluate import Evaluate, Evaluator, Job
 from autocompress.files import cache_folder, write
 from autocompress.flight import Flight
-from autocompress.front import Trial, Wish, feasible, front_of, non_dominated, pick
+from autocompress.front import Archive, Trial, non_dominated
 from autocompress.journal import FILE, Journal
 from autocompress.lessons import Lesson, keep_lessons, lessons_of, read_lessons
 from autocompress.measure.latency import Latency, RememberedTimes, alone
@@ -207,7 +207,7 @@ class Study:
         self._place: dict[int, int] = {}
         self._known: dict[tuple[str, bool], Trial] = {}
         self._evaluated = self._searched = 0
-        self._elite: list[Trial] = []
+        self._archive = self._new_archive()
         for trial in journal.told():
             self._remember(trial)
         self._before: float = journal.fact("seconds") or 0.0
@@ -253,16 +253,15 @@ class Study:
 
     def front(self) -> list[Trial]:
         """Feasible non-dominated trials."""
-        return front_of(self._fits(), self.evaluator.task.direction, latency=self.budget.ms is not None)
-
-    def _fits(self) -> list[Trial]:
-        """Feasible trials, those left out that can be neither best nor on the front."""
-        return feasible(self._elite, self.budget)
+        return [self.trials[self._place[trial.number]] for trial in self._archive.front()]
 
     def best(self) -> Trial | None:
         """Best feasible quality."""
-        fits = self._fits()
-        return pick(fits, self.evaluator.task.direction, Wish(), self.budget) if fits else None
+        return self._archive.best()
+
+    def _new_archive(self) -> Archive:
+        """The front of nothing yet."""
+        return Archive(self.evaluator.task.direction, self.budget, latency=self.budget.ms is not None)
 
     def training(self, job: Job, step: int, total: int) -> None:
         """Called after each step of a recovery training: says how far it is, at most once a second."""
@@ -293,16 +292,7 @@ class Study:
         if evaluation.status != "ok":
             return
         self._known.setdefault((evaluation.policy.key(), evaluation.screened), trial)
-        self._elite = self._best_of([*self._elite, trial])
-
-    def _best_of(self, trials: list[Trial]) -> list[Trial]:
-        """Those that decide the front: of screened and of other trials the front, and one to say that there are any."""
-        whole = [t for t in trials if not t.evaluation.screened]
-        latency, found = self.budget.ms is not None, whole[:1]
-        for some in (whole, [t for t in trials if t.evaluation.screened]):
-            found += front_of(feasible(some, self.budget), self.evaluator.task.direction, latency=latency)
-        numbers = {t.number for t in found}
-        return [t for t in trials if t.number in numbers]
+        self._archive.add(trial)
 
     def _report(self, stage: str, done: int, total: int, since: float, before: int) -> None:
         pace = (time.monotonic() - since) / (done - before) if done > before else None
@@ -572,7 +562,6 @@ class Study:
         One that misses the latency budget now, alone on the machine, is no longer feasible, and others take its place.
         """
         since, done = time.monotonic(), 0
-        self._elite = self.trials  # one that no longer fits makes room for any other
         while waiting := [t for t in self.front() if not self._is_final(t)]:
             for trial in waiting:
                 self._report("writing", done, done + len(waiting), since, 0)
@@ -647,7 +636,12 @@ class Study:
 
     def _finish(self, trial: Trial) -> None:
         self._journal.finalise(trial.number, trial.quality_test, trial.artifact, trial.final_ms)
-        self.trials[self._place[trial.number]] = trial
+        place = self._place[trial.number]
+        before, self.trials[place] = self.trials[place], trial
+        if trial.measured != before.measured:  # one that no longer fits makes room for any other
+            self._archive = self._new_archive()
+            for known in self.trials:
+                self._archive.add(known)
 
     def _artifact(self, number: int) -> str:
         return artifact_name(number, self.evaluator.target.suffix)

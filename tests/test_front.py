@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from autocompress.errors import AutocompressError
 from autocompress.front import (
+    Archive,
     Point,
     Trial,
     Wish,
@@ -146,6 +147,38 @@ def test_only_measured_trials_count() -> None:
 def test_feasible_is_within_every_limit() -> None:
     assert numbers(feasible(RUN, Budget(bytes=3000, ms=2.0))) == [0, 1]
     assert numbers(feasible(RUN, Budget())) == [0, 1, 2, 3, 4]
+
+
+ROWS = st.lists(
+    st.tuples(
+        st.integers(0, GRID).map(lambda n: n / GRID),
+        st.integers(1, GRID).map(lambda n: 1000 * n),
+        st.integers(1, GRID).map(float),
+        st.sampled_from(("ok", "ok", "failed", "infeasible")),
+        st.booleans(),
+    ),
+    max_size=12,
+)
+
+
+@given(ROWS, st.sampled_from(("max", "min")), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_archive_says_at_any_time_what_a_front_of_all_trials_says(
+    rows: list[tuple[float, int, float, str, bool]], direction: str, latency: bool
+) -> None:
+    budget = Budget(bytes=4000, ms=4.0 if latency else None)
+    archive, seen = Archive(direction, budget, latency=latency), list[Trial]()
+    for i, (quality, size, ms, status, screened) in enumerate(rows):
+        seen.append(Trial(i, replace(evaluation(quality, size, ms, status=status), screened=screened)))
+        archive.add(seen[-1])
+        assert archive.front() == front_of(feasible(seen, budget), direction, latency=latency)
+        best = archive.best()
+        if best is None:
+            assert not feasible(seen, budget)
+        else:
+            expected = pick(seen, direction, Wish(), budget)  # which may take a faster one of equal quality and bytes
+            assert (best.measured.quality, best.measured.bytes) == (expected.measured.quality, expected.measured.bytes)
+            assert latency is False or best == expected
 
 
 def test_nearest_misses_by_the_least_share() -> None:

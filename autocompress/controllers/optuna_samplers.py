@@ -70,22 +70,32 @@ class OptunaController:
         self._early: list[str] = []  # and of restored ones that it knows already
         self.recovery = RecoveryProposer(space)
         self._repair: Policy | None = None
+        self._number = 0  # of the next proposal: everything asked for, or told without having been asked for
+        self._late: deque[Evaluation] = deque()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         directions: list[Any] = ["minimize"] * (2 if budget.ms is None else 3)
-        self.study = optuna.create_study(directions=directions, sampler=RandomSampler(seed=seed))
+        self._study = optuna.create_study(directions=directions, sampler=RandomSampler(seed=seed))
         self._name_objectives(["loss", "bytes", "ms"][: len(directions)])
 
     def _name_objectives(self, names: list[str]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study.set_metric_names(names)
+            self._study.set_metric_names(names)
+
+    @property
+    def study(self) -> optuna.Study:
+        """Everything asked and told. Only samplers read it, so what they did not propose is written when it is read."""
+        while self._late:
+            self._study.add_trial(self._frozen(self._late.popleft()))
+        return self._study
 
     def _excess(self, policy: Policy) -> float:
         return self._budget.static().excess(self._predict(policy))
 
     def ask(self, parent: Policy | None = None, epochs: int = 0) -> Policy:
         """See `Controller`. The sampler's generator depends on the seed and the trial's number alone."""
-        number = len(self.study.get_trials(deepcopy=False)) + len(self._waiting)
+        number = self._number
+        self._number += 1
         proposal = self._propose(number) if parent is None else self._recovered(parent, epochs, number)
         if proposal is not None:
             self._waiting.append(proposal.key())
@@ -117,7 +127,9 @@ class OptunaController:
         if trial is None:
             if evaluation.policy.key() in self._waiting:
                 self._waiting.remove(evaluation.policy.key())
-            self.study.add_trial(self._frozen(evaluation))
+            else:
+                self._number += 1
+            self._late.append(evaluation)
         else:
             self._finish(trial, evaluation)
         self._know(evaluation)
@@ -160,12 +172,15 @@ class OptunaController:
             elif self._sampler == "nsga2" and not event.recovery.epochs:
                 self._ask_again(event)
             elif self._needs_no_sampler(event):
+                self._number += 1
                 self._waiting.append(event.key())
                 self.recovery.expect(event)
             elif i in outcomes:  # in the place among the study's trials that it had
+                self._number += 1
                 self.study.add_trial(self._frozen(outcomes[i]))
                 self._early.append(event.key())
             else:
+                self._number += 1
                 self.study.enqueue_trial(dict(self._space.encode(event)))
                 self._pending.setdefault(event.key(), []).append(self._sampled())
 
@@ -226,10 +241,10 @@ class OptunaController:
             return None, math.inf, attributes
         if evaluation.status == "infeasible":
             values = [UNKNOWN_LOSS, float(measured.bytes), UNKNOWN_LOSS]
-            return values[: len(self.study.directions)], self._budget.static().excess(measured), attributes
+            return values[: len(self._study.directions)], self._budget.static().excess(measured), attributes
         attributes["quality"] = measured.quality
         values = [measured.loss, float(measured.bytes), measured.latency_ms]
-        return values[: len(self.study.directions)], self._budget.excess(measured), attributes
+        return values[: len(self._study.directions)], self._budget.excess(measured), attributes
 
 
 def _outcomes(events: Sequence[Policy | Evaluation]) -> dict[int, Evaluation]:
