@@ -117,21 +117,26 @@ class Archive:
     _whole: _Members = field(default_factory=lambda: _Members(), init=False)
     _screened: _Members = field(default_factory=lambda: _Members(), init=False)
     _any_whole: bool = field(default=False, init=False)
+    _front: list[Trial] | None = field(default=None, init=False)  # as last asked for, while that is right
 
     def add(self, trial: Trial) -> None:
         """One more trial; of equal ones the first counts."""
         if trial.evaluation.status != "ok":
             return
         screened = trial.evaluation.screened
-        self._any_whole |= not screened
+        if not (screened or self._any_whole):
+            self._any_whole, self._front = True, None
         if self.budget.excess(trial.measured) <= 0:
             point = objectives(trial, self.direction, latency=self.latency)
-            (self._screened if screened else self._whole).add(point, trial)
+            if (self._screened if screened else self._whole).add(point, trial):
+                self._front = None
 
     def front(self) -> list[Trial]:
         """Non-dominated feasible trials, smallest first; screened ones count until one was scored on all of `val`."""
-        members = (self._whole if self._any_whole else self._screened).trials
-        return sorted(members, key=lambda trial: (trial.measured.bytes, trial.number))
+        if self._front is None:
+            members = (self._whole if self._any_whole else self._screened).trials
+            self._front = sorted(members, key=lambda trial: (trial.measured.bytes, trial.number))
+        return self._front
 
     def best(self) -> Trial | None:
         """The best quality, if anything is feasible."""
@@ -146,16 +151,18 @@ class _Members:
     trials: list[Trial] = field(default_factory=list)
     points: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
 
-    def add(self, point: Point, trial: Trial) -> None:
+    def add(self, point: Point, trial: Trial) -> bool:
+        """Whether it is one of them now."""
         new = np.array([point])  # (1, objectives)
         if not self.trials:
             self.trials, self.points = [trial], new
-            return
+            return True
         if (self.points <= new).all(axis=1).any():
-            return
+            return False
         stays = np.flatnonzero(~(new <= self.points).all(axis=1))
         self.trials = [*(self.trials[i] for i in stays), trial]
         self.points = np.concatenate([self.points[stays], new])
+        return True
 
 
 def scored(trials: Sequence[Trial]) -> list[Trial]:

@@ -208,6 +208,7 @@ class Study:
         self._known: dict[tuple[str, bool], Trial] = {}
         self._evaluated = self._searched = 0
         self._archive = self._new_archive()
+        self._drawn: tuple[list[Trial], tuple[tuple[int, float], ...], Trial | None] = [], (), None
         for trial in journal.told():
             self._remember(trial)
         self._before: float = journal.fact("seconds") or 0.0
@@ -276,9 +277,12 @@ class Study:
     def _say(self, stage: str, done: int, total: int, left: float | None, detail: str = "", *, note: str = "") -> None:
         """Tell the watcher; `left` seconds are bounded by the timeout."""
         left = None if left is None else min(left, max(0.0, self._timeout - self.seconds))
-        front, rising = self.front(), self.evaluator.task.direction == "max"
-        points = tuple((t.measured.bytes, t.measured.quality) for t in front)
-        told = Progress(stage, done, total, self.evaluated(), len(front), self.best(), self.seconds, left, detail, note)
+        front, rising = self._archive.front(), self.evaluator.task.direction == "max"
+        if self._drawn[0] is not front:  # a long front is drawn anew only when it has changed
+            points = tuple((t.measured.bytes, t.measured.quality) for t in front)
+            self._drawn = front, points, self.best()
+        _, points, best = self._drawn
+        told = Progress(stage, done, total, self.evaluated(), len(front), best, self.seconds, left, detail, note)
         self._watch(replace(told, points=points, rising=rising))
 
     def _remember(self, trial: Trial) -> None:

@@ -18,6 +18,7 @@ from fakes import DENSE_MS, TINY_SPACE_TEXT, FakeEvaluator, FakeTask, Killed, Ro
 from autocompress import rungs, study
 from autocompress.engine.precision import Precision
 from autocompress.errors import AutocompressError, NothingFits, RunError
+from autocompress.front import feasible, front_of
 from autocompress.journal import FILE, Journal
 from autocompress.lessons import read_lessons
 from autocompress.policy import Policy
@@ -211,7 +212,7 @@ def test_recovery_trains_front_members_from_the_budget_down_and_spread(
     neighbours_of_none(monkeypatch)
     found = world.search(trials=60, epochs=3)
     shots = [t for t in found.trials if t.evaluation.rung == 0]
-    front = study.front_of(study.feasible(shots, found.budget), "max")
+    front = front_of(feasible(shots, found.budget), "max")
     sizes = {t.evaluation.policy.key(): t.measured.bytes for t in front}
     room = [t for t in front if t.measured.bytes <= 0.99 * 1500]
     parents = parents_of(found)
@@ -249,8 +250,8 @@ def test_near_front_policies_are_trained_too_within_the_budget_and_with_room(
         monkeypatch.setattr(rungs, name, value)
     found = world.search(trials=80, epochs=1)
     shots = [t for t in found.trials if t.evaluation.rung == 0]
-    front = study.front_of(study.feasible(shots, found.budget), "max")
-    by_key = {t.evaluation.policy.key(): t for t in study.feasible(shots, found.budget)}
+    front = front_of(feasible(shots, found.budget), "max")
+    by_key = {t.evaluation.policy.key(): t for t in feasible(shots, found.budget)}
     off = [by_key[key] for key in parents_of(found) if key not in {t.evaluation.policy.key() for t in front}]
     assert off
     for t in off:
