@@ -181,14 +181,21 @@ def read_ablation(path: Path) -> dict[str, Any] | None:
 def _whole(data: Any) -> bool:
     """Whether `summarise` can work on it."""
     numbers = all(
-        isinstance(r["key"], str) and isinstance(r["seed"], int) and isinstance(r["quality"], float | int | None)
+        isinstance(r["key"], str) and isinstance(r["seed"], int) and (r["quality"] is None or _is_finite(r["quality"]))
         for r in data["results"]
     )
     texts = all(isinstance(data[name], str) for name in ("task", "metric", "direction"))
     whole = all(isinstance(data[name], int) for name in ("trial", "epochs"))
     named = all(isinstance(key, str) for key in (*data["variants"].keys(), *data["variants"].values()))
-    before = isinstance(data["quality_before"], float | int | None) and isinstance(data["dense_quality"], float | int)
-    return numbers and texts and whole and named and before and all(isinstance(s, int) for s in data["seeds"])
+    before = (data["quality_before"] is None or _is_finite(data["quality_before"])) and _is_finite(
+        data["dense_quality"]
+    )
+    seeds = isinstance(data["seeds"], list) and all(isinstance(seed, int) for seed in data["seeds"])
+    return numbers and texts and whole and named and before and seeds
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float | int) and abs(value) < 1e100  # whose squares are finite too
 
 
 def summarise(data: Mapping[str, Any]) -> dict[str, Any]:

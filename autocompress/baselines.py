@@ -6,9 +6,8 @@ Uniform policies are solved as the search's own are, so that what is compared is
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,11 +88,10 @@ def read_baselines(folder: Path) -> list[Baseline]:
     try:
         rows = json.loads((folder / FILE).read_text(encoding="utf-8"))
         return [_baseline(row) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return []
 
 
 def _baseline(row: dict[str, Any]) -> Baseline:
-    values = {name: math.nan if value is None else float(value) for name, value in row.items() if name != "name"}
-    measured = Measurement(**values)  # type: ignore[arg-type]
-    return Baseline(str(row["name"]), replace(measured, bytes=int(measured.bytes), macs=int(measured.macs)))
+    measured = Measurement.from_json({name: value for name, value in row.items() if name != "name"})
+    return Baseline(str(row["name"]), measured)

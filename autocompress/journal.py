@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +67,16 @@ class Begun(NamedTuple):
     asked: int
 
 
+class _Connection(sqlite3.Connection):
+    """Python cannot read the message of an error that quotes a damaged schema."""
+
+    def execute(self, *given: Any) -> sqlite3.Cursor:
+        try:
+            return super().execute(*given)
+        except UnicodeDecodeError as error:
+            raise sqlite3.DatabaseError(f"malformed schema: {error}") from error
+
+
 class Journal:
     """Rows of a run folder's ledger. Open it to write through `writing`, to look through `reading`."""
 
@@ -118,7 +129,7 @@ class Journal:
             mode = "ro&immutable=1"  # nobody can write there, and the database's own side files cannot be made
         uri = (folder / FILE).resolve().as_uri() + f"?mode={mode}"
         try:
-            connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+            connection = sqlite3.connect(uri, uri=True, isolation_level=None, factory=_Connection)
             try:
                 yield cls(connection)
             finally:
@@ -142,12 +153,13 @@ class Journal:
 
     # --- facts: small values about the whole run ---
 
-    def fact(self, name: str) -> Any:
-        """The value of a fact, or None."""
+    def fact(self, name: str, make: Callable[[Any], Any] = lambda value: value) -> Any:
+        """What `make` makes of the value of a fact, or None. Raises `RunError` where it cannot be read or made."""
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         try:
-            return None if row is None else json.loads(row[0])
-        except ValueError as error:
+            value = None if row is None else json.loads(row[0])
+            return None if value is None else make(value)
+        except (*_SENSELESS, AutocompressError) as error:
             raise RunError(f"the journal's fact {name!r} cannot be read: {error}") from error
 
     def set_fact(self, name: str, value: Any) -> None:
@@ -239,11 +251,15 @@ class Journal:
     def begun(self) -> list[Begun]:
         """All trials, in the order in which they began."""
         rows = self._db.execute("SELECT number, rung, screened, asked FROM trials ORDER BY asked, number").fetchall()
-        return [Begun(number, rung, bool(screened), asked) for number, rung, screened, asked in rows]
+        with _sense():
+            return [Begun(int(number), int(rung), bool(screened), int(asked)) for number, rung, screened, asked in rows]
 
     def next_number(self) -> int:
         """The number of the first trial that never began."""
         return int(self._db.execute("SELECT COALESCE(MAX(number), -1) + 1 FROM trials").fetchone()[0])
+
+
+_SENSELESS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 @contextmanager
@@ -251,17 +267,21 @@ def _sense() -> Iterator[None]:
     """`RunError` for rows that make none."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, AutocompressError) as error:
+    except (*_SENSELESS, AutocompressError) as error:
         raise RunError(f"the journal holds a row that cannot be read: {error}") from error
 
 
 def _row(number: int, policy: str, rung: int, screened: int, evaluation: str | None) -> Row:
     known = Policy.from_json(json.loads(policy))
     result = None if evaluation is None else Evaluation.from_json(known, json.loads(evaluation))
-    return Row(number, known, rung, bool(screened), result)
+    return Row(number, known, int(rung), bool(screened), result)
 
 
 _DATES = "SELECT MIN(finished), MAX(finished) FROM trials WHERE finished IS NOT NULL"
+
+
+_ARTIFACT = re.compile(r"artifacts/trial-\d+\.(acz|onnx)")
+"""Files that a trial may name: none outside the run folder."""
 
 
 def _null(value: float) -> float | None:
@@ -272,13 +292,17 @@ def _trial(number: int, policy: str, evaluation: str, *final: Any) -> Trial:
     data = json.loads(evaluation)
     at = float(data.pop("at", math.nan))
     known = Evaluation.from_json(Policy.from_json(json.loads(policy)), data)
+    if known.status == "ok" and known.measurement is None:
+        raise ValueError("a measured trial has no measurement")
     quality_test, artifact, final_ms = final
+    if artifact and not _ARTIFACT.fullmatch(artifact):
+        raise ValueError(f"{artifact!r} is no artifact of a run")
     nan = math.nan
     return Trial(
         number,
         known,
-        nan if quality_test is None else quality_test,
+        nan if quality_test is None else float(quality_test),
         artifact or "",
-        nan if final_ms is None else final_ms,
+        nan if final_ms is None else float(final_ms),
         at,
     )

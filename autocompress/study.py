@@ -19,7 +19,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from autocompress.controllers.base import Controller
@@ -940,9 +941,9 @@ def _times_of(
     target = evaluator.target
     if budget.ms is None or not isinstance(target, OnnxTarget):
         return None
-    known = journal.fact("latency_table")
+    known = journal.fact("latency_table", LatencyTable.from_json)
     if known is not None:
-        target.use(LatencyTable.from_json(known))
+        target.use(known)
     elif target.table is None:
         if watch is not None:
             watch(Progress("timing layers", 0, 1, 0, 0, None, 0.0, None))
@@ -1029,9 +1030,9 @@ def _keep(save: Callable[[], object], what: str) -> None:
 
 def _set_precision(evaluator: Evaluator, journal: Journal) -> None:
     """Train in what the run began with: what is fastest here may be found otherwise another time."""
-    bench, known = evaluator.bench, journal.fact("precision")
+    bench, known = evaluator.bench, journal.fact("precision", _precision)
     if known is not None:
-        bench.precision = Precision(**known)
+        bench.precision = known
     elif bench.trainable:
         journal.set_fact("precision", asdict(bench.precision))
 
@@ -1131,7 +1132,7 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return dict(config)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{folder} is not a run folder: {CONFIG} cannot be read ({error})") from None
 
 
@@ -1140,10 +1141,25 @@ def read_config(folder: Path) -> tuple[Settings, SpaceFile, dict[str, Any]]:
     config = _config(folder)
     try:
         values = dict(config["settings"])
-        settings = Settings(**(values | {"budgets": tuple(values["budgets"])}))
-        return settings, SpaceFile.model_validate(config["space"]), config
+        if unknown := set(values) - {field.name for field in fields(Settings)}:
+            raise ValueError(f"it has the unknown setting {min(unknown)!r}")
+        settings = _SETTINGS.validate_json(json.dumps(values), strict=True)
+        return settings, SpaceFile.model_validate(config["space"]), _described(config)
     except (KeyError, TypeError, ValueError, AutocompressError) as error:
         raise RunError(f"{folder / CONFIG} is damaged: {error}") from None
+
+
+def _described(config: dict[str, Any]) -> dict[str, Any]:
+    """`config`, of which reports show these texts. Raises `TypeError` where something else stands."""
+    texts = [config.get(name, "") for name in ("command", "device", "latency_runtime")]
+    for name in ("versions", "machine"):
+        texts += dict(config.get(name, {})).values()
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("it describes its machine in something else than texts")
+    return config
+
+
+_SETTINGS = TypeAdapter(Settings)
 
 
 def check_resumable(folder: Path, wanted: Settings, space: SpaceFile | None = None) -> SpaceFile:
@@ -1172,17 +1188,29 @@ def measuring(settings: Settings, folder: Path, *, timed: bool = True) -> Evalua
     Unless `timed`, the dense model's latency is not the run's: `settings` ask for another format.
     """
     with Journal.reading(folder) as journal:
-        known, dense = journal.fact("precision"), journal.fact("dense")
-    evaluator = settings.evaluator(dense["latency_ms"] if timed else None)
+        known, dense = journal.fact("precision", _precision), journal.fact("dense", _dense)
+    evaluator = settings.evaluator(dense.latency_ms if timed and dense is not None else None)
     if known is not None:
-        evaluator.bench.precision = Precision(**known)
+        evaluator.bench.precision = known
     return evaluator
 
 
 def _dense_latency(folder: Path) -> float | None:
     try:
         with Journal.reading(folder) as journal:
-            dense = journal.fact("dense")
+            dense = journal.fact("dense", _dense)
     except RunError:  # killed before its journal was whole: nothing was measured yet
         return None
-    return None if dense is None else float(dense["latency_ms"])
+    return None if dense is None else float(dense.latency_ms)
+
+
+def _dense(data: Any) -> Measurement:
+    """The original, as `_describe` wrote it: NaN stands there as such."""
+    return Measurement.from_json(data)
+
+
+def _precision(data: Any) -> Precision:
+    found = Precision(**data)
+    if not all(isinstance(value, bool) for value in asdict(found).values()):
+        raise ValueError(f"{data!r} is no precision")
+    return found

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from autocompress.errors import BudgetError
 from autocompress.policy import Policy
@@ -41,6 +41,19 @@ class Measurement:
         """Plain data, NaN as null."""
         values = asdict(self).items()
         return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Measurement:
+        """What `to_json` wrote. Raises `KeyError`, `TypeError`, `ValueError` or `OverflowError` on anything else."""
+        counts = {name: _typed(name, data[name], int) for name in ("bytes", "macs")}
+        rest: dict[str, Any] = {
+            name: math.nan if value is None else float(_typed(name, value, int, float))
+            for name, value in data.items()
+            if name not in counts
+        }
+        if not all(0 <= count < 2**63 for count in counts.values()):
+            raise ValueError(f"bytes and multiply-accumulates are {str(counts)[:80]}")
+        return cls(**counts, **rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +124,12 @@ class Budget:
             macs=math.floor(tightest["macs"]) if "macs" in tightest else None,
         )
 
+    @classmethod
+    def from_json(cls, data: Any) -> Budget:
+        """What `asdict` gave. Raises `TypeError` or `AttributeError` on anything else."""
+        kinds: dict[str, tuple[type, ...]] = {"bytes": (int,), "ms": (float, int), "macs": (int,)}
+        return cls(**{name: _typed(name, value, *kinds.get(name, ()), type(None)) for name, value in data.items()})
+
     def excess(self, measured: Measurement) -> float:
         """The largest share by which a limit is passed; 0 or less fits. A missing latency does not fit."""
         pairs = [(measured.bytes, self.bytes), (measured.latency_ms, self.ms), (measured.macs, self.macs)]
@@ -155,6 +174,13 @@ class Curve:
         return cls(tuple(map(int, data["step"])), tuple(map(float, data["loss"])), tuple(map(float, data["lr"])), heard)
 
 
+def _typed(name: str, value: Any, *kinds: type) -> Any:
+    """`value`, of one of these types; a boolean is no number, and what is too large for a float neither."""
+    if type(value) not in kinds or (type(value) is int and abs(value) >= 2**1000):
+        raise TypeError(f"{name} is {str(value)[:80]!r}, which is no {kinds[0].__name__}")
+    return value
+
+
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
@@ -194,11 +220,23 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, policy: Policy, data: dict[str, Any]) -> Evaluation:
-        """The evaluation that `to_json` wrote for `policy`."""
+        """The evaluation that `to_json` wrote for `policy`. Raises as `Measurement.from_json` on anything else."""
         values = data["measurement"]
-        measured = None
-        if values is not None:
-            known: dict[str, Any] = {name: math.nan if value is None else value for name, value in values.items()}
-            measured = Measurement(**known)
+        measured = None if values is None else Measurement.from_json(values)
         curve = Curve.from_json(data["curve"]) if data.get("curve") is not None else None
+        for name, kinds in _KINDS.items():
+            if name in data:
+                _typed(name, data[name], *kinds)
+        if data["status"] not in get_args(Status):
+            raise ValueError(f"the status is {str(data['status'])[:80]!r}; it must be one of {get_args(Status)}")
         return cls(**(data | {"policy": policy, "measurement": measured, "curve": curve}))
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "seed": (int,),
+    "rung": (int,),
+    "error": (str,),
+    "seconds": (float, int),
+    "copy_of": (int, type(None)),
+    "screened": (bool,),
+}

@@ -25,10 +25,14 @@ class Checkpoint:
     identity: str
 
     def save(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Replace the file, atomically. `facts` is plain data."""
+        """Replace the file, atomically; warn where nothing can be written. `facts` is plain data."""
         own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         about = json.dumps(facts, sort_keys=True)
-        write(self.path, save(own, {"identity": self.identity, "facts": about, "digest": _digest(own, about)}))
+        content = save(own, {"identity": self.identity, "facts": about, "digest": _digest(own, about)})
+        try:
+            write(self.path, content)
+        except OSError as error:  # the training itself is none the worse for it
+            warnings.warn(f"{self.path} is not kept, and a killed training starts anew: {error}", stacklevel=2)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was saved last; None, with a warning, if the file is torn or of another training; None if absent."""
@@ -41,8 +45,10 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             reason = f"it is damaged ({error})"
         else:
-            if about.get("identity") == self.identity and about.get("digest") == _digest(tensors, about["facts"]):
-                return tensors, json.loads(about["facts"])
+            text = about.get("facts", "")
+            mine = about.get("identity") == self.identity and about.get("digest") == _digest(tensors, text)
+            if mine and (facts := _object(text)) is not None:
+                return tensors, facts
             whole = about.get("identity") not in (None, self.identity)
             reason = "it belongs to another policy, task or seed" if whole else "its content has changed"
         warnings.warn(f"{self.path} is ignored, and training starts anew: {reason}", stacklevel=2)
@@ -51,6 +57,15 @@ class Checkpoint:
     def remove(self) -> None:
         """Forget it: training is over."""
         self.path.unlink(missing_ok=True)
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The JSON object in `text`; None if there is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:

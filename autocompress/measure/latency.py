@@ -168,8 +168,8 @@ class RememberedTimes:
         path = folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
         with alone():
             try:
-                return Latency(**json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError):  # not measured yet, or not by this version
+                return Latency.from_json(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError, RecursionError):  # not measured yet, or not by this version
                 found = measure()
             write(path, json.dumps(asdict(found)).encode())
             return found

@@ -232,8 +232,8 @@ def _positive(value: Any) -> float:
 
 
 def _count(value: Any, least: int = 0) -> int:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{value!r} is not a whole number of {least} or more")
+    if type(value) is not int or not least <= value < 2**31:
+        raise ValueError(f"{str(value)[:80]} is not a whole number of {least} or more, below 2^31")
     return value
 
 

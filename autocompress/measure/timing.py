@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,15 @@ class Latency:
     high: float
     samples: int
     reference: float = 0.0
+
+    @classmethod
+    def from_json(cls, data: Any) -> Latency:
+        """What `asdict` gave. Raises `TypeError` or `ValueError` on anything else."""
+        found = cls(**data)
+        numbers = (found.ms, found.low, found.high, found.samples, found.reference)
+        if not all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers):
+            raise ValueError(f"a latency has the numbers {numbers}; each must be finite and 0 or more")
+        return found
 
     def decides(self, limit: float) -> bool:
         """Whether the difference from `limit` milliseconds is larger than the spread on that side."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from autocompress.baselines import RANDOM, Baseline, read_baselines
 from autocompress.errors import AutocompressError
 from autocompress.front import Trial, Wish, feasible, front_of, nearest, pick
 from autocompress.journal import Journal
+from autocompress.measure.latency_table import LatencyTable
 from autocompress.policy import Recovery
 from autocompress.profile import Profile
 from autocompress.study import Settings, read_config
@@ -86,7 +87,7 @@ class Run:
         """A finished, running or interrupted run. Raises `RunError`."""
         settings, _, config = read_config(folder)
         with Journal.reading(folder) as journal:
-            facts = {name: journal.fact(name) for name in ("dense", "budget", "identity", "layers")}
+            facts = {name: journal.fact(name, make) for name, make in _FACTS.items()}
             missing = [name for name, value in facts.items() if value is None]
             if missing:
                 raise AutocompressError(
@@ -97,21 +98,21 @@ class Run:
                 facts["identity"]["task"],
                 settings,
                 config,
-                Budget(**facts["budget"]),
-                Measurement(**facts["dense"]),
+                facts["budget"],
+                facts["dense"],
                 journal.trials(),
                 facts["identity"]["metric"],
                 facts["identity"]["direction"],
                 facts["layers"],
-                journal.fact("seconds") or 0.0,
-                journal.fact("peak_memory_mib"),
-                journal.fact("warnings") or (),
+                journal.fact("seconds", float) or 0.0,
+                journal.fact("peak_memory_mib", int),
+                journal.fact("warnings", _texts) or (),
                 _profile(journal),
                 _latency_table(journal),
-                len(journal.fact("lessons") or ()),
+                len(journal.fact("lessons", list) or ()),
                 _ablations(folder),
                 _levels(journal),
-                journal.fact("details"),
+                journal.fact("details", _detail_rows),
                 read_baselines(folder),
                 journal.dates(),
                 _random(folder),
@@ -155,6 +156,50 @@ class Run:
     def evaluations(self) -> int:
         """Trials that were really measured."""
         return sum(t.evaluation.status != "infeasible" and t.evaluation.copy_of is None for t in self.trials)
+
+
+def _texts(values: Any) -> list[str]:
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{str(values)[:80]} holds something else than texts")
+    return list(values)
+
+
+def _identity(data: Any) -> dict[str, str]:
+    names = ("task", "metric", "direction")
+    found = dict(zip(names, _texts([data[name] for name in names]), strict=True))
+    if found["direction"] not in ("min", "max"):
+        raise ValueError(f"the direction is {found['direction']!r}")
+    return found
+
+
+def _layer_rows(data: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            **dict(zip(("name", "kind"), _texts([row["name"], row["kind"]]), strict=True)),
+            "shape": [int(size) for size in row["shape"]],
+            "bytes": int(row["bytes"]),
+            "groups": _texts(row.get("groups", ())),
+        }
+        for row in data
+    ]
+
+
+def _detail_rows(data: Any) -> dict[str, Any]:
+    trials = {str(number): _numbers(found) for number, found in data.get("trials", {}).items()}
+    return {"dense": _numbers(data.get("dense", {})), "trials": trials}
+
+
+def _numbers(data: Any) -> dict[str, float]:
+    return {str(name): float(value) for name, value in data.items()}
+
+
+_FACTS: dict[str, Callable[[Any], Any]] = {
+    "dense": Measurement.from_json,
+    "budget": Budget.from_json,
+    "identity": _identity,
+    "layers": _layer_rows,
+}
+"""What every run says of itself before its first trial, and what makes it."""
 
 
 def row(trial: Trial, budget: Budget, parents: Mapping[str, Trial], metric: str = "") -> dict[str, Any]:
@@ -263,20 +308,20 @@ def summary(run: Run) -> dict[str, Any]:
 
 def _profile(journal: Journal) -> dict[str, Any] | None:
     """What the solver's profile took, and whether an earlier search had measured it; None for other controllers."""
-    profile = journal.fact("profile")
+    profile = _levels(journal)
     if profile is None:
         return None
     return {
-        "evaluations": profile["evaluations"],
-        "seconds": round(profile["seconds"], 3),
+        "evaluations": profile.evaluations,
+        "seconds": round(profile.seconds, 3),
         "reused": bool(journal.fact("profile_reused")),
     }
 
 
 def _levels(journal: Journal) -> Profile | None:
     """The profile that the solver began with."""
-    profile = journal.fact("profile")
-    return None if profile is None else Profile.from_json(profile)
+    found: Profile | None = journal.fact("profile", Profile.from_json)
+    return found
 
 
 def _random(folder: Path) -> Run | None:
@@ -289,7 +334,7 @@ def _random(folder: Path) -> Run | None:
 
 def _latency_table(journal: Journal) -> dict[str, Any] | None:
     """Where the run's table of layer times is from, what it took, and how far its predictions are off."""
-    table = journal.fact("latency_table")
+    table: LatencyTable | None = journal.fact("latency_table", LatencyTable.from_json)
     if table is None:
         return None
     pairs = [
@@ -298,10 +343,10 @@ def _latency_table(journal: Journal) -> dict[str, Any] | None:
         if t.evaluation.status == "ok" and t.measured.predicted_ms > 0 and t.measured.latency_ms > 0
     ]
     return {
-        "device": table["deployment"]["device"],
-        "runs": table["runs"],
-        "seconds": round(table["seconds"], 3),
-        "error": round(table["error"], 4),
+        "device": table.deployment.device,
+        "runs": table.runs,
+        "seconds": round(table.seconds, 3),
+        "error": round(table.error, 4),
         "error_on_trials": round(median(abs(told / ms - 1) for told, ms in pairs), 4) if pairs else None,
     }
 
