@@ -79,6 +79,14 @@ Workers = Annotated[
         help="Processes of this machine that evaluate at once, each with a model of its own; they share the cores.",
     ),
 ]
+TrialTimeout = Annotated[
+    str | None,
+    typer.Option(
+        help="Give a trial up that takes longer, its recovery training included, and try it once more: 90s, 10m. "
+        "Trials then run in processes beside this one. It should be far above what a trial takes.",
+        metavar="TIME",
+    ),
+]
 Deterministic = Annotated[
     int | None,
     typer.Option(
@@ -196,6 +204,7 @@ def search(
         ),
     ] = None,
     workers: Workers = 1,
+    trial_timeout: TrialTimeout = None,
     deterministic: Deterministic = None,
     ray: RayAddress = None,
     cpus_per_trial: CpusPerTrial = 1.0,
@@ -252,7 +261,10 @@ def search(
             "--cpus-per-trial, --gpus-per-trial, --max-concurrent and --latency-node are about a Ray cluster: give "
             "--ray too"
         )
-    make_runner = in_processes(workers) if ray is None else on_ray(Cluster(ray, *wanted))
+    if ray is not None and trial_timeout is not None:
+        raise RunError("--trial-timeout is about processes of this machine: leave it out with --ray")
+    limit = math.inf if trial_timeout is None else parse_time(trial_timeout)
+    make_runner = in_processes(workers, limit) if ray is None else on_ray(Cluster(ray, *wanted))
     with watching(err) as watch, _graceful() as interrupt:
         run_search(
             settings,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from autocompress.engine import Compressed, Progress, Workbench, compress
-from autocompress.errors import PolicyError
+from autocompress.errors import PolicyError, RunError
 from autocompress.files import write
 from autocompress.graph import Layer
 from autocompress.measure.quality import QualityMeter, screening
@@ -128,7 +128,7 @@ class Evaluator:
 
         `checkpoint` and `seed` are those of `compress`. A candidate that fails (training diverges, a value is not
         finite, anything it raises) is a `failed` evaluation with its traceback; a policy of another model raises
-        `PolicyError`.
+        `PolicyError`, and a disk that takes no file `RunError`: that is no fault of the candidate's.
         """
         start = time.perf_counter()
         meter = self.screen if screen and self.screen else self.quality
@@ -137,7 +137,7 @@ class Evaluator:
             compressed, model = self.build(policy, progress, checkpoint=checkpoint, seed=seed)
             measured = self._measure(compressed, model, meter)
             if keep is not None:
-                write(keep, self.pack(compressed, measured.quality))
+                _write(keep, self.pack(compressed, measured.quality))
             return Evaluation(
                 policy,
                 self.seed,
@@ -148,7 +148,7 @@ class Evaluator:
                 screened=screened,
                 curve=compressed.curve,
             )
-        except PolicyError:
+        except (PolicyError, RunError):
             raise
         except Exception:
             return Evaluation(
@@ -193,3 +193,13 @@ class Evaluator:
     def reload(self, path: Path) -> Reloaded:
         """The file at `path` read back and rebuilt on a fresh model of the task."""
         return self.target.reload(path)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file of the run. Raises `RunError`."""
+    try:
+        write(path, content)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; make room there, then continue with --resume"
+        ) from error

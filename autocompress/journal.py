@@ -186,6 +186,10 @@ class Journal:
             raise RunError(f"trial {number} is already finished")
         return int(row[0])
 
+    def release(self) -> None:
+        """Take back the last try of the trials that run: what ends this process is not their fault."""
+        self._db.execute("UPDATE trials SET attempts = attempts - 1 WHERE state = 'running'")
+
     def arrive(self, number: int, evaluation: Evaluation) -> None:
         """Write what became of a trial that is told later: a process that dies before need not run it again."""
         self._write(number, evaluation.to_json(), "evaluated", None)

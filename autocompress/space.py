@@ -123,7 +123,7 @@ class ChannelSection(_Section):
 
     keep: Ratios = [1.0]
     criterion: Annotated[list[Criterion], Field(min_length=1)] = ["l2"]
-    multiple_of: Annotated[int, Field(ge=1)] = 1
+    multiple_of: Annotated[int, Field(ge=1, lt=2**31)] = 1
 
 
 class BatchNormSection(_Section):
@@ -140,8 +140,8 @@ class RecoverySection(_Section):
     decay: Annotated[list[Decay], Field(min_length=1)] = ["cosine"]
     decay_rate: PositiveShare = [0.01, 0.01]
     adjust_factor: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] = [1.0]
-    adjust_patience: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [2]
-    adjust_cooldown: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    adjust_patience: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)] = [2]
+    adjust_cooldown: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)] = [0]
     distill_weight: Share = [0.9, 0.9]
     temperature: Temperature = [4.0, 4.0]
     hint_weight: HintWeight = [0.0, 0.0]

@@ -14,11 +14,12 @@ import platform
 import re
 import resource
 import shutil
+import sqlite3
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -348,18 +349,18 @@ class Study:
             return Job(policy, rung, None, screen, number=number)
         return Job(policy, rung, self.folder / self._artifact(number), screen, self._checkpoint(policy), number)
 
-    def _fatal(self, job: Job) -> Evaluation:
-        error = f"its process ended {MAX_ATTEMPTS} times while it ran"
+    def _fatal(self, job: Job, reason: str = "") -> Evaluation:
+        error = f"its process ended {MAX_ATTEMPTS} times while it ran" + (f": {reason}" if reason else "")
         return Evaluation(job.policy, self.settings.seed, job.rung, "failed", error=error, screened=job.screen)
 
     def _run(self, jobs: Iterable[Job | None], report: Callable[[], None]) -> None:
         """Run jobs until there are no more, and tell what became of them; one whose worker was lost runs once more."""
         with closing(self._runner.run(self._fed(jobs), self.training)) as results:
-            for job, evaluation in results:
+            for job, evaluation, reason in results:
                 if evaluation is not None:
                     self._arrived(job, evaluation)
                 elif self._journal.begin(job.number, job.policy, job.rung, screened=job.screen) > MAX_ATTEMPTS:
-                    self._arrived(job, self._fatal(job))
+                    self._arrived(job, self._fatal(job, reason))
                 else:
                     self._flight.again.append(job)
                 report()
@@ -803,9 +804,14 @@ def in_process(evaluator: Evaluator, setup: Setup) -> Runner:  # noqa: ARG001
     return LocalRunner(evaluator.run)
 
 
-def in_processes(workers: int) -> MakeRunner:
-    """So many processes of this machine, each with its own model; one is this process."""
-    return in_process if workers == 1 else lambda _, setup: ProcessRunner(setup, workers)
+def in_processes(workers: int, limit: float = math.inf) -> MakeRunner:
+    """So many processes of this machine, each with its own model; one is this process.
+
+    Trials with a `limit` in seconds have a process beside this one, which can be ended.
+    """
+    if workers == 1 and limit == math.inf:
+        return in_process
+    return lambda _, setup: ProcessRunner(setup, workers, limit)
 
 
 def search(
@@ -873,9 +879,10 @@ def search(
                 study.warn(note)
             if started is not None:
                 started(study)
-            study.one_shot()
-            study.promote()
-            study.recover()
+            with _released(journal):
+                study.one_shot()
+                study.promote()
+                study.recover()
         _keep(lambda: keep_lessons(learned, controller.recovery.lessons), "what recovery training was worth")
         outcome = study.finalise()
         journal.set_fact("seconds", study.total_seconds)
@@ -883,6 +890,17 @@ def search(
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10  # kB to MiB on Linux
         journal.set_fact("peak_memory_mib", max(peak, journal.fact("peak_memory_mib") or 0))
         return outcome
+
+
+@contextmanager
+def _released(journal: Journal) -> Iterator[None]:
+    """A search that its user or a full disk ends in the middle of a trial does not hold that against the trial."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError, RunError, sqlite3.Error):
+        with suppress(sqlite3.Error):
+            journal.release()
+        raise
 
 
 def _with_room(budget: Budget, settings: Settings) -> Budget:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from fakes import evaluation
 from hypothesis import given, settings
@@ -73,6 +75,18 @@ def cells(points: Sequence[Point], reference: Point) -> int:
 def test_hypervolume_counts_the_dominated_cells(points: list[Point]) -> None:
     reference = (4.0,) * (len(points[0]) if points else 2)  # some points lie outside
     assert hypervolume(points, reference) == cells(points, reference)
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 4])
+def test_hypervolume_is_that_of_an_independent_library(objectives: int) -> None:
+    """`moocore`, by the authors of the dimension-sweep algorithms, in C."""
+    moocore = pytest.importorskip("moocore")
+    draw = random.Random(objectives)
+    for count in (1, 2, 5, 20, 60):
+        points = [tuple(draw.choice((draw.random(), 0.5, 1.5)) for _ in range(objectives)) for _ in range(count)]
+        reference = (1.2,) * objectives
+        expected = float(moocore.hypervolume(np.array(points), ref=np.array(reference)))
+        assert hypervolume(points, reference) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 @settings(max_examples=60)

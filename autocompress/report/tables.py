@@ -18,7 +18,6 @@ from autocompress.baselines import RANDOM, Baseline, read_baselines
 from autocompress.errors import AutocompressError
 from autocompress.front import Trial, Wish, feasible, front_of, nearest, pick
 from autocompress.journal import Journal
-from autocompress.measure.latency_table import LatencyTable
 from autocompress.policy import Recovery
 from autocompress.profile import Profile
 from autocompress.study import Settings, read_config
@@ -334,7 +333,7 @@ def _random(folder: Path) -> Run | None:
 
 def _latency_table(journal: Journal) -> dict[str, Any] | None:
     """Where the run's table of layer times is from, what it took, and how far its predictions are off."""
-    table: LatencyTable | None = journal.fact("latency_table", LatencyTable.from_json)
+    table: dict[str, Any] | None = journal.fact("latency_table", _table_facts)
     if table is None:
         return None
     pairs = [
@@ -343,11 +342,17 @@ def _latency_table(journal: Journal) -> dict[str, Any] | None:
         if t.evaluation.status == "ok" and t.measured.predicted_ms > 0 and t.measured.latency_ms > 0
     ]
     return {
-        "device": table.deployment.device,
-        "runs": table.runs,
-        "seconds": round(table.seconds, 3),
-        "error": round(table.error, 4),
+        **table,
         "error_on_trials": round(median(abs(told / ms - 1) for told, ms in pairs), 4) if pairs else None,
+    }
+
+
+def _table_facts(data: Any) -> dict[str, Any]:
+    return {
+        "device": str(data["deployment"]["device"]),
+        "runs": int(data["runs"]),
+        "seconds": round(float(data["seconds"]), 3),
+        "error": round(float(data["error"]), 4),
     }
 
 

@@ -21,10 +21,11 @@ Steps = Callable[[Job, int, int], None]
 
 
 class Result(NamedTuple):
-    """What became of a job; no evaluation if the worker that ran it was lost."""
+    """What became of a job; no evaluation if the worker that ran it was lost, and perhaps a `reason` for that."""
 
     job: Job
     evaluation: Evaluation | None
+    reason: str = ""
 
 
 class Runner(Protocol):

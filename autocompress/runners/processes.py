@@ -7,6 +7,7 @@ forked, since threads do not survive a fork. Layer solutions are shared through 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -31,14 +32,17 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class ProcessRunner:
-    """Up to `workers` processes, started when there is work for them. See `Runner`."""
+    """Up to `workers` processes, started when there is work for them. See `Runner`.
+
+    One whose job takes longer than `limit` seconds is ended, and lost.
+    """
 
     isolated = True
 
-    def __init__(self, build: Build, workers: int) -> None:
+    def __init__(self, build: Build, workers: int, limit: float = math.inf) -> None:
         if workers < 1:
             raise RunError(f"--workers is {workers}; it must be 1 or more")
-        self._build, self.workers = build, workers
+        self._build, self.workers, self._limit = build, workers, limit
         self._threads = max(1, _cores() // workers)
         self._idle: list[_Worker] = []
         self._busy: dict[Connection, tuple[_Worker, Job]] = {}
@@ -72,12 +76,15 @@ class ProcessRunner:
             worker.kill()
             self._start(job)
             return
+        worker.since = time.monotonic() if worker.ready else math.inf
         self._busy[worker.pipe] = worker, job
 
     def _wait(self) -> Result:
         """The next result. Of several that are there one is taken, the others wait in their pipes."""
         while True:
-            for pipe in connection.wait(list(self._busy)):
+            if (late := self._late()) is not None:
+                return late
+            for pipe in connection.wait(list(self._busy), self._patience()):
                 assert isinstance(pipe, Connection)
                 worker, job = self._busy[pipe]
                 try:
@@ -97,11 +104,25 @@ class ProcessRunner:
 
     def _hear(self, worker: _Worker, job: Job, kind: str, values: list[Any]) -> None:
         if kind == "ready":
-            worker.ready, self._failed = True, 0
+            worker.ready, worker.since, self._failed = True, time.monotonic(), 0
         elif kind == "step":
             self._steps(job, *values)
         else:
             raise values[0]
+
+    def _patience(self) -> float | None:
+        """Seconds until the first job has had its time; None where none can run out."""
+        end = min(worker.since for worker, _ in self._busy.values()) + self._limit
+        return None if end == math.inf else max(0.0, end - time.monotonic())
+
+    def _late(self) -> Result | None:
+        """A job that has had its time, which starts once the task is loaded; its process is ended."""
+        for pipe, (worker, job) in self._busy.items():
+            if time.monotonic() - worker.since >= self._limit:
+                del self._busy[pipe]
+                worker.kill()
+                return Result(job, None, f"stopped after {self._limit:g} s, its --trial-timeout")
+        return None
 
     def _did_not_start(self, worker: _Worker, job: Job) -> None:
         self._failed += 1
@@ -114,12 +135,12 @@ class ProcessRunner:
 
 
 class _Worker:
-    """A process and this end of its pipe; `ready` once it has loaded the task."""
+    """A process and this end of its pipe; `ready` once it has loaded the task, busy `since` then or its job came."""
 
     def __init__(self, build: Build, threads: int) -> None:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.ready = False
+        self.ready, self.since = False, math.inf
         self.process = context.Process(target=_serve, args=(build, theirs, threads), daemon=True)
         with _environment(threads):
             self.process.start()
@@ -178,7 +199,12 @@ def _serve(build: Build, pipe: Connection, threads: int) -> None:
         pipe.send(("ready",))
         while True:
             job = Job.from_json(pipe.recv())
-            pipe.send(("done", evaluate(job, _Teller(pipe)).to_json()))
+            try:
+                evaluation = evaluate(job, _Teller(pipe))
+            except AutocompressError as error:  # no fault of the job's: the search ends, as it would in one process
+                pipe.send(("broken", type(error)(str(error))))
+                return
+            pipe.send(("done", evaluation.to_json()))
 
 
 def _follow_parent() -> None:

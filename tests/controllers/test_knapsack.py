@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from autocompress.controllers.knapsack import (
     MOST_COST,
@@ -85,6 +86,36 @@ def test_a_table_is_optimal_for_every_budget(menus: list[Menu]) -> None:
             assert solution is not None
             check(menus, solution, budget)
             assert solution.loss == pytest.approx(best, abs=1e-9)
+
+
+def least_by_integer_programming(menus: Sequence[Menu], budget: int) -> float:
+    """Least loss within the budget by branch and cut: one binary variable a level, one level a layer."""
+    sizes = [len(m.costs) for m in menus]
+    one_each = np.zeros((len(menus), sum(sizes)))
+    for layer, end in enumerate(itertools.accumulate(sizes)):
+        one_each[layer, end - sizes[layer] : end] = 1
+    costs, losses = (np.concatenate([getattr(m, name) for m in menus]) for name in ("costs", "losses"))
+    within = [LinearConstraint(one_each, 1, 1), LinearConstraint(costs[None].astype(float), -np.inf, budget)]
+    found = milp(losses, constraints=within, integrality=np.ones(len(losses)), bounds=Bounds(0, 1), options=TIGHT)
+    assert found.success, found.message
+    return float(found.fun)
+
+
+TIGHT = {"mip_rel_gap": 0.0}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_table_is_what_integer_programming_finds_where_brute_force_cannot(seed: int) -> None:
+    menus = [Menu(m.costs // 64, m.losses) for m in random_menus(25, 8, seed)]
+    least, most = (sum(int(pick(m.costs)) for m in menus) for pick in (np.min, np.max))
+    table = solve(menus, most)
+    assert table.exact
+    for share in (0.05, 0.2, 0.5):
+        budget = int(least + share * (most - least))
+        solution = table.choose(budget)
+        assert solution is not None
+        check(menus, solution, budget)
+        assert solution.loss == pytest.approx(least_by_integer_programming(menus, budget), abs=1e-6)
 
 
 @given(MENUS, st.integers(1, 6), st.integers(0, 60))

@@ -86,7 +86,7 @@ def _json(draw: random.Random, content: bytes) -> bytes | None:
     """Some values of a JSON document replaced, removed, doubled or nested; None if it is none."""
     try:
         data = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):  # it may be nested already
         return None
     for _ in range(draw.randint(1, 3)):
         holder, key = _place(draw, data)

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import autocompress
-from autocompress.errors import TaskError
+from autocompress.errors import SpaceError, TaskError
+from autocompress.space import parse_space
 from autocompress.tasks.cifar10 import read_batch
 
 NAMES = (
@@ -104,6 +105,13 @@ def test_journal_does_not_name_files_outside_its_folder(known: dict[str, Reader]
         judge = Judge(known["journal, rows and facts"])
         judge(b'{"artifact": %s}' % repr(name).replace("'", '"').encode())
         assert (judge.read, judge.refused) == (0, 1), name
+
+
+@pytest.mark.parametrize("key", ["channels]\nmultiple_of", "recovery]\nadjust_patience", "recovery]\nadjust_cooldown"])
+def test_whole_numbers_of_a_space_have_an_end(key: str) -> None:
+    number = str(10**400) if "multiple" in key else f"[{10**400}]"
+    with pytest.raises(SpaceError, match="less than"):
+        parse_space(f"[{key} = {number}\n", "s.toml")
 
 
 def test_array_that_a_batch_only_names_is_not_allocated(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from graph_checks import check, conv, settle
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from many import cases
 from torch import Tensor, nn
 
 WIDTHS = st.integers(2, 7)
@@ -65,7 +66,55 @@ class Gate(nn.Module):
         return x * gate[:, :, None, None]
 
 
+class Split(nn.Module):
+    """Two halves go two ways, and one of them is left as it is."""
+
+    def __init__(self, inputs: int, width: int, norm: bool) -> None:
+        super().__init__()
+        self.widen = Plain(inputs, 2 * width, norm, 1)
+        self.way = Plain(width, width, norm, 1)
+        self.width = 2 * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.widen(x).chunk(2, dim=1)
+        return torch.cat([left, self.way(right)], dim=1)
+
+
+class Dense(nn.Module):
+    """Each layer reads all before it."""
+
+    def __init__(self, inputs: int, width: int, norm: bool, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Plain(inputs + i * width, width, norm, 1) for i in range(depth))
+        self.width = inputs + depth * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.cat([x, layer(x)], dim=1)
+        return x
+
+
+class Nested(nn.Module):
+    """A shortcut around blocks that have shortcuts of their own."""
+
+    def __init__(self, inputs: int, width: int, norm: bool, inner: str) -> None:
+        super().__init__()
+        kinds: dict[str, Any] = {
+            "residual": lambda: Residual(inputs, width, norm, False),
+            "depthwise": lambda: Depthwise(inputs, inputs, norm),
+            "gate": lambda: Gate(inputs, width),
+        }
+        self.inside = nn.Sequential(kinds[inner](), Residual(inputs, width, norm, False))
+        self.width = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.inside(x))
+
+
 BLOCKS = st.one_of(
+    st.tuples(st.just(Split), WIDTHS, st.booleans()),
+    st.tuples(st.just(Dense), WIDTHS, st.booleans(), st.integers(1, 3)),
+    st.tuples(st.just(Nested), WIDTHS, st.booleans(), st.sampled_from(["residual", "depthwise", "gate"])),
     st.tuples(st.just(Plain), WIDTHS, st.booleans(), st.sampled_from([1, 2])),
     st.tuples(st.just(Residual), WIDTHS, st.booleans(), st.booleans()),
     st.tuples(st.just(Depthwise), WIDTHS, st.booleans()),
@@ -87,7 +136,7 @@ def network(stem: int, blocks: list[tuple[Any, ...]], flat: bool, seed: int) -> 
 
 @pytest.mark.slow
 @settings(
-    max_examples=40,
+    max_examples=cases(40),
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # the blocks are small enough to read, and shrinking takes minutes
@@ -105,5 +154,5 @@ def test_what_is_declared_prunable_is_and_sizes_are_as_predicted(
 ) -> None:
     model = network(stem, blocks, flat, seed)
     graph = check(model, torch.randn(3, 2, 6, 6, generator=torch.Generator().manual_seed(seed)), ratio, seed)
-    if not any(kind is Concat for kind, *_ in blocks):  # the tracer freezes some concatenations
+    if not any(kind in (Concat, Split, Dense) for kind, *_ in blocks):  # the tracer freezes some concatenations
         assert {g.frozen for g in graph.groups} <= {"", "no layer reads its channels: they are the model's output"}

@@ -57,7 +57,7 @@ def until_done(runner: Any, jobs: list[Job], during: Any) -> dict[int, list[bool
         while open_jobs:
             yield waiting.pop(0) if waiting else None
 
-    for job, evaluation in runner.run(source()):
+    for job, evaluation, _ in runner.run(source()):
         found.setdefault(job.number, []).append(evaluation is not None)
         if evaluation is None:
             waiting.append(job)

@@ -95,7 +95,7 @@ def test_every_job_is_a_result_once_and_as_if_evaluated_here(make: Make) -> None
     found = list(make().run(jobs))
     assert Counter(result.job.number for result in found) == Counter(range(len(jobs)))
     here = fake_worker()
-    for job, evaluation in found:
+    for job, evaluation, _ in found:
         assert job == jobs[job.number]
         expected = here(job, lambda *_: None)
         assert evaluation is not None
@@ -111,7 +111,7 @@ def test_one_worker_keeps_the_order_and_takes_the_next_job_after_the_last_result
             events.append(f"taken {job.number}")
             yield job
 
-    for job, _ in make(1).run(jobs()):
+    for job, *_ in make(1).run(jobs()):
         events.append(f"consumed {job.number}")
     assert events == [f"{word} {i}" for i in range(3) for word in ("taken", "consumed")]
 
@@ -160,14 +160,14 @@ def test_nothing_runs_before_a_result_is_wanted(make: Make, tmp_path: Path) -> N
 
 def test_a_failure_is_data_and_the_rest_goes_on(make: Make, tmp_path: Path) -> None:
     told(tmp_path, 1, "raise")
-    found = {job.number: e for job, e in make().run(some_jobs(tmp_path)) if e is not None}
+    found = {job.number: e for job, e, _ in make().run(some_jobs(tmp_path)) if e is not None}
     assert [found[i].status for i in range(6)] == ["ok", "failed", *["ok"] * 4]
     assert "made to fail" in found[1].error
     assert "Traceback" in found[1].error
 
 
 def test_artifact_is_kept_where_the_job_says(make: Make, tmp_path: Path) -> None:
-    for job, evaluation in make().run(some_jobs(tmp_path, 3)):
+    for job, evaluation, _ in make().run(some_jobs(tmp_path, 3)):
         assert evaluation is not None
         assert evaluation.measurement is not None
         assert job.keep is not None
@@ -210,8 +210,8 @@ def test_lost_worker_is_data_and_the_rest_goes_on(make: Make, tmp_path: Path) ->
     told(tmp_path, 1, "die")
     told(tmp_path, 4, "die")
     found = list(runner.run(some_jobs(tmp_path)))
-    assert sorted(job.number for job, e in found if e is None) == [1, 4]
-    assert sorted(job.number for job, e in found if e is not None) == [0, 2, 3, 5]
+    assert sorted(job.number for job, e, _ in found if e is None) == [1, 4]
+    assert sorted(job.number for job, e, _ in found if e is not None) == [0, 2, 3, 5]
 
 
 def test_job_of_a_lost_worker_may_be_run_again_at_once(make: Make, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_job_of_a_lost_worker_may_be_run_again_at_once(make: Make, tmp_path: Pat
             yield waiting.pop(0) if waiting else None
 
     found = []
-    for job, evaluation in runner.run(jobs()):
+    for job, evaluation, _ in runner.run(jobs()):
         found.append((job.number, evaluation is None))
         if evaluation is None:
             waiting.append(job)
@@ -244,3 +244,18 @@ def test_worker_that_cannot_start_says_why(make: Make) -> None:
 def test_local_runner_dies_with_its_process() -> None:
     with pytest.raises(Killed):
         list(LocalRunner(FakeEvaluator(kill_at=0).run).run(some_jobs()))
+
+
+@pytest.mark.slow
+def test_job_that_takes_too_long_is_lost_with_a_reason_and_the_others_are_not(tmp_path: Path) -> None:
+    jobs = some_jobs(tmp_path, 4)
+    told(tmp_path, 1, "sleep=3600")
+    runner = ProcessRunner(fake_worker, 2, limit=3.0)
+    try:
+        found = {result.job.number: result for result in runner.run(jobs)}
+    finally:
+        runner.close()
+    assert set(found) == {0, 1, 2, 3}
+    assert found[1].evaluation is None
+    assert found[1].reason == "stopped after 3 s, its --trial-timeout"
+    assert all(found[i].evaluation is not None and not found[i].reason for i in (0, 2, 3))
