@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,19 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
         slab = [p[:-1] for p in inside if p[-1] <= level]
         volume += (above - level) * hypervolume(slab, reference[:-1])
     return volume
+
+
+def standard_error(share: float, inputs: int | None) -> float:
+    """That of a share of right answers over so many independent inputs (binomial); NaN for any other metric."""
+    if not inputs or not 0 <= share <= 1:
+        return math.nan
+    return math.sqrt(share * (1 - share) / inputs)
+
+
+def close_neighbours(qualities: Sequence[float], inputs: int | None) -> int:
+    """How many neighbours in the order of quality differ by less than the standard error of the better of them."""
+    pairs = itertools.pairwise(sorted(qualities, reverse=True))
+    return sum(abs(a - b) < standard_error(a, inputs) for a, b in pairs)
 
 
 def knee(points: Sequence[Point]) -> int:

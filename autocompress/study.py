@@ -18,7 +18,7 @@ import sqlite3
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -40,7 +40,7 @@ from autocompress.errors import AutocompressError, NothingFits, RunError
 from autocompress.evaluate import Evaluate, Evaluator, Job
 from autocompress.files import cache_folder, write
 from autocompress.flight import Flight
-from autocompress.front import Archive, Trial, non_dominated
+from autocompress.front import Archive, Trial, close_neighbours, non_dominated, standard_error
 from autocompress.journal import FILE, Journal
 from autocompress.lessons import Lesson, keep_lessons, lessons_of, read_lessons
 from autocompress.measure.latency import Latency, RememberedTimes, alone
@@ -53,7 +53,7 @@ from autocompress.runners.local import LocalRunner
 from autocompress.runners.processes import ProcessRunner
 from autocompress.space import Space, SpaceFile, load_space
 from autocompress.target import FORMATS, OnnxTarget, Place
-from autocompress.task import Task, details, load_task
+from autocompress.task import Task, counted, details, load_task
 from autocompress.trial import Budget, Evaluation, Limit, Measurement
 
 CONFIG = "config.json"
@@ -67,6 +67,8 @@ TIMED_STEPS = 4
 """Training steps that are timed for the first estimate; the first step of them warms up."""
 TOO_SLOW = 1.1
 """A latency budget is refused before the search if the fastest policy is slower by more than what timings vary by."""
+REUSED = 1000
+"""Evaluations on the same `val` from which on the best of many is noticeably the luckiest of many."""
 NO_TIME = "the time ran out before the first evaluation: continue with --resume and a longer --timeout"
 _OURS = re.compile(r"trial-\d+\.(acz|onnx|json)|\.trial-\d+\.(acz|onnx|json)\..*")
 """Files of a run folder that may be removed: finished ones, and temporary ones of `files.write`."""
@@ -574,6 +576,7 @@ class Study:
                 self._finalise(trial)
                 done += 1
         members = self.front()
+        self._doubt([trial.measured.quality for trial in members])
         for trial in self.front():
             path = self.folder / "policies" / f"trial-{trial.number}.json"
             write(path, (json.dumps(trial.evaluation.policy.to_json(), indent=2) + "\n").encode())
@@ -589,6 +592,20 @@ class Study:
             self.evaluated(),
             self.seconds,
             tuple(self.warnings),
+        )
+
+    def _doubt(self, qualities: Sequence[float]) -> None:
+        """Warn if `val` was asked so often that small differences on the front are partly its noise."""
+        inputs = counted(self.evaluator.task, "val")
+        close = close_neighbours(qualities, inputs)
+        if self.evaluated() < REUSED or not close:
+            return
+        best = max(qualities)
+        self.warn(
+            f"val was asked {self.evaluated():,} times, and {close} of {len(qualities) - 1} neighbours on the front "
+            f"differ by less than a standard error of {self.evaluator.task.metric} on its {inputs:,} inputs "
+            f"({standard_error(best, inputs):.2g} at {best:.4g}): which of them is better is partly chance; quote "
+            "test, or give the task a larger val"
         )
 
     def _is_final(self, trial: Trial) -> bool:
@@ -939,6 +956,7 @@ def _describe(journal: Journal, folder: Path, evaluator: Evaluator, budget: Budg
         for x in evaluator.graph.layers
     ]
     facts = {"identity": identity, "dense": asdict(evaluator.dense), "budget": asdict(budget), "layers": layers}
+    facts["counted"] = {split: counted(evaluator.task, split) for split in ("val", "test")}
     for name, value in facts.items():
         journal.set_fact(name, value)
 

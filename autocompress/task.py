@@ -185,6 +185,15 @@ def details(task: Task, model: nn.Module, split: Split) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
+def counted(task: Task, split: Split) -> int | None:
+    """Over how many independent inputs the metric on `split` is a share of right answers; None if it is none.
+
+    A task of your own may say so with a member `counted(split)`: then its metric has a standard error.
+    """
+    own = getattr(task, "counted", None)
+    return None if own is None else own(split)
+
+
 def better(task: Task, a: float, b: float) -> bool:
     """Whether quality `a` is strictly better than `b`."""
     return a > b if task.direction == "max" else a < b
@@ -308,6 +317,13 @@ class ClassificationTask(_ArrayTask):
         """Share of inputs whose largest logit is the target."""
         logits, targets = self.outputs(model, batches)
         return float((logits.argmax(dim=1) == targets).double().mean())
+
+    def counted(self, split: Split) -> int | None:
+        """Inputs of `split`; None where a subclass scores otherwise, or an input has several targets."""
+        own = type(self)
+        plain = (own.score, own.score_batches) == (ClassificationTask.score, ClassificationTask.score_batches)
+        targets = self.split(split)[1]
+        return len(targets) if plain and targets.ndim == 1 else None
 
     def details(self, model: nn.Module, split: Split) -> dict[str, float]:
         """The share of each class's inputs whose largest logit is the target."""

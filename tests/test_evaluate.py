@@ -26,6 +26,7 @@ from autocompress import (
     RegressionTask,
     TaskError,
 )
+from autocompress.errors import RunError
 from autocompress.task import Task, call, tensors
 
 SMALL = LayerChoice(4, 0.5)
@@ -283,12 +284,11 @@ def test_candidate_that_raises_is_failed_with_a_traceback_and_no_file(armed: str
     assert evaluator(policy).status == "ok"
 
 
-def test_file_that_cannot_be_written_is_a_failed_candidate(tmp_path: Path) -> None:
+def test_file_that_cannot_be_written_ends_the_search_and_is_not_the_candidates_fault(tmp_path: Path) -> None:
     evaluator = Evaluator(classification(), dense_ms=1.0)
-    (tmp_path / "folder").write_text("a file")
-    found = evaluator(Policy(), 0, tmp_path / "folder" / "m.acz")
-    assert found.status == "failed"
-    assert "folder" in found.error
+    (tmp_path / "folder").write_text("in the way")
+    with pytest.raises(RunError, match=r"cannot write .*m\.acz.*continue with --resume"):
+        evaluator(Policy(), 0, tmp_path / "folder" / "m.acz")
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,10 @@ def _paper_points(axes: Axes, run: Run, low: float, high: float) -> None:
         if (parent := run.parent(t)) is not None:
             dots([parent, t], ":", color=ORANGE, lw=1.2, zorder=2)
     dots(run.front, "-", color=BLUE, lw=1.6, zorder=3)
+    if run.counted and run.front:
+        sizes, qualities = ([getattr(t.measured, name) for t in run.front] for name in ("bytes", "quality"))
+        errors = [run.error(quality) for quality in qualities]
+        axes.errorbar(sizes, qualities, errors, fmt="none", ecolor=BLUE, elinewidth=0.8, alpha=0.6, zorder=3)
     for trained, marker in ((False, "o"), (True, "D")):
         members = [t for t in run.front if bool(t.evaluation.rung) == trained]
         dots(members, marker, ms=5.5, color=BLUE, mec="white", mew=0.6, zorder=4)
@@ -202,6 +206,7 @@ def front_figure(run: Run, x: str = "bytes") -> go.Figure:
             "color": BLUE, "size": 10, "line": {"color": "white", "width": 1},
             "symbol": ["diamond" if t.evaluation.rung else "circle" for t in front],
         },
+        **_error_bars(run, front),
     )  # fmt: skip
     _baseline_points(figure, run, x)
     _original(figure, run, x)
@@ -220,6 +225,14 @@ def front_figure(run: Run, x: str = "bytes") -> go.Figure:
     figure.update_xaxes(**_COST_AXES[x])
     figure.update_yaxes(title=_axis_name(run), range=list(quality_range(run)))
     return figure
+
+
+def _error_bars(run: Run, trials: Sequence[Trial]) -> dict[str, Any]:
+    """A standard error up and down, where it is known."""
+    if not run.counted:
+        return {}
+    errors = [run.error(t.measured.quality) for t in trials]
+    return {"error_y": {"type": "data", "array": errors, "color": BLUE, "thickness": 1, "width": 0}}
 
 
 _SIZE_TICKS = {"tickformat": "~s", "dtick": "D2"}

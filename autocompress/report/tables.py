@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,7 @@ import pandas as pd
 from autocompress.ablation import read_ablation, summarise
 from autocompress.baselines import RANDOM, Baseline, read_baselines
 from autocompress.errors import AutocompressError
-from autocompress.front import Trial, Wish, feasible, front_of, nearest, pick
+from autocompress.front import Trial, Wish, feasible, front_of, nearest, pick, standard_error
 from autocompress.journal import Journal
 from autocompress.policy import Recovery
 from autocompress.profile import Profile
@@ -80,6 +80,8 @@ class Run:
     baselines: Sequence[Baseline] = ()
     dates: tuple[str, str] | None = None
     random: Run | None = None
+    counted: Mapping[str, int] = field(default_factory=dict)
+    """Inputs of `val` and `test`, if the metric is the share of them that is right."""
 
     @classmethod
     def read(cls, folder: Path) -> Run:
@@ -115,6 +117,7 @@ class Run:
                 read_baselines(folder),
                 journal.dates(),
                 _random(folder),
+                journal.fact("counted", _counts) or {},
             )
 
     @cached_property
@@ -151,6 +154,10 @@ class Run:
         """`row` of a trial of this run."""
         return row(trial, self.budget, self.parents, self.metric)
 
+    def error(self, quality: float, split: str = "val") -> float:
+        """The standard error of a metric that is a share of right answers; NaN if that is unknown."""
+        return standard_error(quality, self.counted.get(split))
+
     @property
     def evaluations(self) -> int:
         """Trials that were really measured."""
@@ -186,6 +193,10 @@ def _layer_rows(data: Any) -> list[dict[str, Any]]:
 def _detail_rows(data: Any) -> dict[str, Any]:
     trials = {str(number): _numbers(found) for number, found in data.get("trials", {}).items()}
     return {"dense": _numbers(data.get("dense", {})), "trials": trials}
+
+
+def _counts(data: Any) -> dict[str, int]:
+    return {str(split): int(count) for split, count in data.items() if count is not None}
 
 
 def _numbers(data: Any) -> dict[str, float]:
@@ -298,6 +309,7 @@ def summary(run: Run) -> dict[str, Any]:
                 },
                 "front": [run.row(trial) for trial in run.front],
                 "picked": run.row(picked) if picked else None,
+                "standard_error": run.error(picked.measured.quality) if picked else None,
                 "nearest": run.row(run.nearest) if picked is None and run.nearest else None,
                 "warnings": list(run.warnings),
             }
