@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ from autocompress.target import FORMATS, OnnxTarget, Place
 from autocompress.task import Task, counted, details, load_task
 from autocompress.trial import Budget, Evaluation, Limit, Measurement
 
-CONFIG = "config.json"
+CONFIG, FREEZE = "config.json", "freeze.txt"
 MAX_ATTEMPTS = 2
 """How often a trial may take its process down before it is written off as failed."""
 PATIENCE = 200
@@ -1162,6 +1162,13 @@ def _write_config(
         "machine": {"system": platform.platform(), "processor": platform.machine()},
     }
     write(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write(folder / FREEZE, "".join(f"{line}\n" for line in _installed()).encode())
+
+
+def _installed() -> list[str]:
+    """All packages of this environment as pip would take them: with the config they repeat the run elsewhere."""
+    names = {d.metadata["Name"].lower(): d for d in reversed(list(distributions())) if d.metadata["Name"]}
+    return [f"{name}=={found.version}" for name, found in sorted(names.items())]
 
 
 def _config(folder: Path) -> dict[str, Any]:
