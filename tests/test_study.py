@@ -886,3 +886,20 @@ def test_config_holds_all_that_determines_the_run(world: World) -> None:
     assert settings == world.settings(trials=3)
     assert file == study.load_space(str(world.space))
     assert {"torch", "optuna", "python"} <= set(config["versions"])
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), RunError("no room"), OSError(28, "no room")], ids=repr)
+def test_trial_is_not_given_up_for_what_ended_its_process_from_outside(world: World, end: BaseException) -> None:
+    def fault(policy: Policy, rung: int) -> str | None:  # noqa: ARG001
+        if len(world.evaluators[-1].calls) == 3:
+            raise end
+        return None
+
+    whole = world.search(folder=world.run.parent / "whole")
+    for again in (False, True, True, True):
+        world.fault = fault
+        with pytest.raises(type(end)):
+            world.search(resume=again)
+        world.fault = None
+    world.search(resume=True)
+    assert world.rows() == world.rows(whole.folder)

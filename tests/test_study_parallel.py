@@ -14,6 +14,7 @@ from fakes import TINY_SPACE_TEXT, Killed, Row, ScriptedRunner, World
 from autocompress.evaluate import Job
 from autocompress.journal import FILE, Journal
 from autocompress.rungs import at_epochs
+from autocompress.runners.base import Result
 from autocompress.study import MakeRunner, Study
 
 
@@ -210,3 +211,18 @@ def test_results_that_wait_for_their_turn_are_not_measured_again(world: World) -
     world.evaluators.clear()
     world.search(resume=True, make_runner=Crew(8).make(), **given)
     assert not measured & {policy.key() for policy, _, _ in world.calls}
+
+
+def test_trial_that_is_given_up_says_why_its_worker_was_stopped(world: World) -> None:
+    class Late(ScriptedRunner):
+        def _end(self) -> Result:
+            job, evaluation, _ = super()._end()
+            return Result(job, evaluation, "" if evaluation else "stopped after 3 s, its --trial-timeout")
+
+    def made(evaluator: Any, setup: Any) -> Late:
+        del setup
+        return Late(evaluator.run, 2, random.Random(0), lost=lambda job: job.number == 4)
+
+    world.search(make_runner=made)  # type: ignore[arg-type]
+    evaluation = world.trials()[4].evaluation
+    assert evaluation.error == "its process ended 2 times while it ran: stopped after 3 s, its --trial-timeout"
