@@ -230,6 +230,7 @@ def test_the_order_of_limits_does_not_matter(texts: list[str], random: object) -
 # --- evaluations ------------------------------------------------------------------------------------------------
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.just(math.nan)
+COUNTS = st.integers(0, 2**63 - 1)
 EVALUATIONS = st.builds(
     Evaluation,
     policy=st.just(Policy({"a": LayerChoice(4)})),
@@ -237,9 +238,7 @@ EVALUATIONS = st.builds(
     rung=st.integers(0, 3),
     status=st.sampled_from(["ok", "infeasible", "failed"]),
     measurement=st.none()
-    | st.builds(
-        Measurement, bytes=st.integers(0), macs=st.integers(0), quality=NUMBERS, loss=NUMBERS, latency_ms=NUMBERS
-    ),
+    | st.builds(Measurement, bytes=COUNTS, macs=COUNTS, quality=NUMBERS, loss=NUMBERS, latency_ms=NUMBERS),
     error=st.text(max_size=20),
     seconds=st.floats(0, 1e6),
     copy_of=st.none() | st.integers(0),
@@ -272,3 +271,9 @@ def test_a_curve_survives_the_journal_and_others_do_not_name_one() -> None:
     trained = Evaluation(Policy(), 0, 1, "ok", Measurement(1, 2), curve=curve)
     assert Evaluation.from_json(Policy(), json.loads(json.dumps(trained.to_json()))).curve == curve
     assert "curve" not in replace(trained, curve=None).to_json()
+
+
+@pytest.mark.parametrize("count", [-1, 2**63, 10**400, True, 1.0, "1", None])
+def test_a_measurement_of_an_impossible_size_is_refused(count: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        Measurement.from_json({"bytes": count, "macs": 1})

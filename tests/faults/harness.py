@@ -112,7 +112,7 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 """Forks a process for each command that it reads, so that libraries are imported, and the tracer warm, once."""
-LIMIT = 120.0
+LIMIT = 600.0
 """Seconds after which a process that should have got somewhere is taken for hung."""
 MAX_ATTEMPTS = 2
 """A trial that takes its process down so often is written off, as it should: the harness stops before."""
