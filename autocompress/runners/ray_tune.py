@@ -14,6 +14,7 @@ import math
 import os
 import queue
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -39,6 +40,10 @@ for _name, _value in {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # results go to the journal
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # and a driver goes on from there
     "TUNE_WARN_THRESHOLD_S": "1000000",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # or a shipped task file, which is in the working folder, would not be found
+    # By itself Tune lets one trial of a searcher wait for its actor. While a node that joined starts one, no other
+    # trial would exist, and the next free actor would go to the waiting one: the new node would get no work.
+    "TUNE_MAX_PENDING_TRIALS_PG": "1000000",
 }.items():
     os.environ.setdefault(_name, _value)
 try:
@@ -57,6 +62,8 @@ LOOK = 1.0
 """Seconds for which the cluster's size is believed."""
 SHIPPED_BYTES = 2**30
 """Layer solutions are shipped as long as they take no more; workers find the others anew."""
+REACH = 5.0
+"""Seconds within which a cluster's address answers; Ray itself tries for minutes."""
 CLOSING = 10.0
 """Seconds that Tune gets to end its trials."""
 
@@ -158,6 +165,7 @@ class RayRunner:
     def _connect(self) -> None:
         local = self._cluster.address == "local"
         try:
+            _reach(self._cluster.address)
             ray.init(
                 address="local" if local else self._cluster.address,
                 runtime_env=_environment(self._code),
@@ -165,7 +173,7 @@ class RayRunner:
                 logging_level=logging.ERROR,
                 **({"include_dashboard": False} if local else {}),
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise RunError(
                 f"no Ray cluster at {self._cluster.address!r}: {' '.join(str(error).split())}; start one with "
                 "`ray start --head`, or use --ray local"
@@ -213,6 +221,13 @@ class RayRunner:
         except BaseException as raised:
             error = raised
         self._desk.end(error)
+
+
+def _reach(address: str) -> None:
+    """Raises `OSError` if nobody listens at HOST:PORT; of words Ray knows what they stand for."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), REACH).close()
 
 
 def _room(nodes: Iterable[Mapping[str, Any]], cluster: Cluster) -> int:

@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Ray leaves sockets and processes to the end of the session
 ]
 TESTS = Path(fakes.__file__).parent
-LIMIT = 120.0
+LIMIT = 400.0
 
 
 @pytest.fixture
@@ -67,7 +67,6 @@ def until_done(runner: Any, jobs: list[Job], during: Any) -> dict[int, list[bool
     return found
 
 
-@pytest.mark.xfail(strict=False, reason="not seen to pass yet: a node that joins may get no work")
 def test_trials_run_on_all_nodes_and_a_new_node_gets_work(cluster: Any, runner: Any, tmp_path: Path) -> None:
     added: list[Any] = []
 
@@ -84,7 +83,6 @@ def test_trials_run_on_all_nodes_and_a_new_node_gets_work(cluster: Any, runner: 
         cluster.remove_node(added[0])
 
 
-@pytest.mark.xfail(strict=False, reason="not seen to end yet")
 def test_trials_of_a_removed_node_run_again_elsewhere(cluster: Any, runner: Any, tmp_path: Path) -> None:
     extra = cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
     cluster.wait_for_nodes()
@@ -124,7 +122,6 @@ def test_module_that_a_worker_lacks_is_named_with_the_fix(cluster: Any, tmp_path
         runner.close()
 
 
-@pytest.mark.xfail(strict=False, reason="not seen to end yet")
 def test_no_cluster_is_said_with_the_fix() -> None:
     pytest.importorskip("ray")
     from autocompress.runners.ray_tune import RayRunner
@@ -156,7 +153,6 @@ def states(run: Path) -> Counter[str]:
         database.close()
 
 
-@pytest.mark.xfail(strict=False, reason="not seen to end yet")
 def test_killed_driver_goes_on_and_tells_each_trial_once(cluster: Any, tmp_path: Path) -> None:
     """Its task file imports a neighbour, and is not where workers look before it is shipped."""
     (tmp_path / "blobs.py").write_text("from neighbour import task\n")
