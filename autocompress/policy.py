@@ -31,11 +31,11 @@ ACTIVATIONS = (8, 32)
 HALVES = (0.5, 1.5, 2.5, 3.5)
 """Widths between those, for grids whose codes are entropy coded."""
 
-HEADROOM = 2
-"""Bits that entropy coded codes have beyond what a weight takes on average: they reach eight times its mean size."""
+CODE_BITS = 8
+"""Most bits of a code, however few it takes once it is entropy coded."""
 
 MOST_ENTROPY = 6
-"""Widest of these: above, what a byte cannot reach costs more than the coding saves."""
+"""Most bits that such codes take on average: above, what a byte cannot reach costs more than the coding saves."""
 
 
 def _require(condition: bool, what: str, given: object, required: str) -> None:
@@ -66,8 +66,8 @@ class LayerChoice:
 
     1 bit is always symmetric: the unpruned weights of a row are plus or minus one scale, whatever `scheme` says.
     An `entropy` grid is symmetric with one step for all rows, chosen so that entropy coded codes take about `bits` per
-    weight on average, which may be a half between two whole ones; the codes themselves are wider. Above 6 bits it is a
-    plain symmetric one.
+    weight on average, which may be a half between two whole ones; the codes themselves are as wide as the largest
+    weight needs. Above 6 bits it is a plain symmetric one.
     """
 
     bits: float = 32.0
@@ -89,8 +89,8 @@ class LayerChoice:
 
     @property
     def width(self) -> int:
-        """Bits of the codes, or of the floats."""
-        return math.ceil(self.bits) + (HEADROOM if self.entropy else 0)
+        """Bits of the floats, or of the codes: of an `entropy` grid the most that they may have."""
+        return CODE_BITS if self.entropy else math.ceil(self.bits)
 
     @property
     def symmetric(self) -> bool:

@@ -19,7 +19,7 @@ from autocompress.graph import Graph, Layer
 from autocompress.policy import LayerChoice, Policy, Solver
 from autocompress.space import Space
 
-VERSION = 2
+VERSION = 3
 """Raise when a profile of the same model would come out differently."""
 PROBED_ERROR = 0.03
 """Relative output error at which a layer is measured: well above the noise, and where tight budgets put layers."""

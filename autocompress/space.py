@@ -519,7 +519,7 @@ def _worthwhile(layer: Layer, bits: Sequence[float], scheme: Scheme) -> tuple[fl
     smallest, count = math.inf, prod(layer.shape)
     for width in sorted(set(bits), reverse=True):
         choice = LayerChoice(width, 0.0, scheme)
-        coded = math.ceil(width * count / 8) if choice.entropy else None
+        coded = (choice.width, math.ceil(width * count / 8)) if choice.entropy else None
         size = weight_entry(layer.weight, layer.shape, choice, count, coded).nbytes
         if size < smallest:
             kept.append(width)

@@ -38,6 +38,18 @@ class Quantised:
         zero = self.zero.to(torch.int16).reshape(-1, *[1] * (self.codes.ndim - 1))
         return ((self.codes.to(torch.int16) - zero) % alphabet(self.bits)).to(torch.uint8).flatten()
 
+    def narrowed(self) -> Quantised:
+        """The same symmetric codes in as few bits as they need, two or more."""
+        steps = self.codes.to(torch.int16) - _per_row(self.zero, self.codes).to(torch.int16)
+        low, high = (int(steps.min()), int(steps.max())) if steps.numel() else (0, 0)
+        bits = max(2, 1 + max(-low - 1, high, 0).bit_length())
+        zero = torch.full_like(self.zero, 2 ** (bits - 1))
+        return replace(self, codes=(steps + 2 ** (bits - 1)).to(torch.uint8), zero=zero, bits=bits, coded=None)
+
+    def coding(self) -> tuple[int, int] | None:
+        """Bits of a code, and the bytes that all take when entropy coded, where that was computed."""
+        return None if self.coded is None else (self.bits, self.coded)
+
     def with_length(self) -> Quantised:
         """The same with `coded`."""
         return replace(self, coded=coded_length(self.symbols().numpy(), self.bits))

@@ -143,14 +143,16 @@ class PackedTarget:
         return self._meter.dense
 
     def predict(self, policy: Policy) -> Measurement:
-        return Measurement(self.size(policy, self._bench.coded_lengths(policy)), self._graph.macs(policy))
+        return Measurement(self.size(policy, self._bench.codings(policy)), self._graph.macs(policy))
 
     def bound(self, policy: Policy) -> Measurement:
-        return Measurement(self.size(policy), self._graph.macs(policy))
+        # rows of the header with different widths deflate less well than those with the widest for all
+        varied = sum(choice.entropy for _, choice in self._graph.choices(policy))
+        return Measurement(self.size(policy) + varied, self._graph.macs(policy))
 
     def level_bytes(self, layer: Layer, choice: LayerChoice, stored: Stored) -> int:
         count = math.prod(layer.shape)
-        coded = stored.coded if isinstance(stored, Quantised) else None
+        coded = stored.coding() if isinstance(stored, Quantised) else None
         return weight_entry(layer.weight, layer.shape, choice, count - choice.zeros(count), coded).nbytes
 
     def prepared(self, policy: Policy) -> Policy:
@@ -167,7 +169,7 @@ class PackedTarget:
 
     def header(self, compressed: Compressed) -> Header:
         """The header of the file that holds exactly these tensors."""
-        return self.size.header(compressed.policy, compressed.coded_lengths())
+        return self.size.header(compressed.policy, compressed.codings())
 
     def pack(self, compressed: Compressed, quality: float) -> bytes:
         return packed.pack(self.header(compressed), compressed.tensors, quality, compressed.policy.key())

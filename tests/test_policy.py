@@ -197,10 +197,9 @@ def test_the_number_of_zeros_is_the_share_rounded_down(count: int, sparsity: flo
 @pytest.mark.parametrize(
     ("bits", "scheme", "width"),
     [
-        (0.5, "entropy", 3),
-        (1, "entropy", 3),
-        (1.5, "entropy", 4),
-        (2, "entropy", 4),
+        (0.5, "entropy", 8),
+        (1, "entropy", 8),
+        (2.5, "entropy", 8),
         (6, "entropy", 8),
         (7, "entropy", 7),
         (8, "entropy", 8),

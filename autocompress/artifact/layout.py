@@ -125,26 +125,29 @@ def _count(value: Any) -> int:
     return value
 
 
-def weight_entry(name: str, shape: Shape, choice: LayerChoice, kept: int, coded: int | None = None) -> Entry:
+def weight_entry(
+    name: str, shape: Shape, choice: LayerChoice, kept: int, coded: tuple[int, int] | None = None
+) -> Entry:
     """How a weight with `kept` unpruned values is written: whatever is shortest.
 
-    Dense, as a bitmask, or, where the length of its entropy coded codes is given and that pays, as these. One without
-    elements takes no bytes, whatever its choice.
+    Dense, as a bitmask, or, where `coded` gives the bits of its codes and the length of all when entropy coded and that
+    pays, as these. One without elements takes no bytes, whatever its choice.
     """
     if not prod(shape):
         return Entry(name, "full", shape, 32)
     kinds: dict[int, Kind] = {16: "half", 32: "full"}
-    kind, count = kinds.get(choice.width, "quantised"), prod(shape)
+    bits, length = coded or (choice.width, None)
+    kind, count = kinds.get(bits, "quantised"), prod(shape)
     symmetric = choice.symmetric or kind != "quantised"
     options = []
-    if kept == count or choice.width > 1:  # one bit is a sign and cannot be zero
-        options.append(Entry(name, kind, shape, choice.width, "dense", count, symmetric))
+    if kept == count or bits > 1:  # one bit is a sign and cannot be zero
+        options.append(Entry(name, kind, shape, bits, "dense", count, symmetric))
     if kept < count:
-        options.append(Entry(name, kind, shape, choice.width, "bitmask", kept, symmetric))
+        options.append(Entry(name, kind, shape, bits, "bitmask", kept, symmetric))
     shortest = min(options, key=lambda entry: entry.nbytes)
-    if coded is None or count > SYMBOLS_PER_BYTE * coded:
+    if length is None or count > SYMBOLS_PER_BYTE * length:
         return shortest
-    stream = Entry(name, kind, shape, choice.width, "entropy", count, symmetric, coded=coded)
+    stream = Entry(name, kind, shape, bits, "entropy", count, symmetric, coded=length)
     return stream if stream.nbytes + WORTHWHILE <= shortest.nbytes else shortest
 
 
@@ -157,8 +160,8 @@ def rest_entry(name: str, shape: Shape, dtype: str) -> Entry:
     return Entry(name, "half", shape, 16, count=prod(shape))
 
 
-Coded = Mapping[str, int]
-"""Weight name to length in bytes of its entropy coded codes."""
+Coded = Mapping[str, tuple[int, int]]
+"""Weight name to the bits of its codes, and the bytes that all take when entropy coded."""
 
 
 def plan(graph: Graph, policy: Policy, coded: Coded | None = None) -> tuple[Entry, ...]:

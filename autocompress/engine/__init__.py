@@ -69,13 +69,14 @@ class Compressed:
     tensors: StoredModel
     curve: Curve | None = None
 
-    def coded_lengths(self) -> dict[str, int]:
-        """Bytes of each weight's codes when entropy coded: what the exact length of the file depends on."""
-        return _coded_lengths(self.tensors)
+    def codings(self) -> dict[str, tuple[int, int]]:
+        """`Quantised.coding` of each weight: what the exact length of the file depends on beside the policy."""
+        return _codings(self.tensors)
 
 
-def _coded_lengths(tensors: StoredModel) -> dict[str, int]:
-    return {name: t.coded for name, t in tensors.items() if isinstance(t, Quantised) and t.coded is not None}
+def _codings(tensors: StoredModel) -> dict[str, tuple[int, int]]:
+    known = {name: t.coding() for name, t in tensors.items() if isinstance(t, Quantised)}
+    return {name: coding for name, coding in known.items() if coding is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,11 +333,11 @@ class Workbench:
         }
         return OneShot(model.kept, model.stays, model.state, weights, frozenset(model.layers))
 
-    def coded_lengths(self, policy: Policy) -> dict[str, int]:
-        """`Compressed.coded_lengths` of the policy without its recovery training."""
+    def codings(self, policy: Policy) -> dict[str, tuple[int, int]]:
+        """`Compressed.codings` of the policy without its recovery training."""
         if all(choice.bits >= 16 for _, choice in self.graph.choices(policy)):
             return {}  # nothing has codes, so nothing needs to be solved
-        return _coded_lengths(self.one_shot(policy).weights)
+        return _codings(self.one_shot(policy).weights)
 
 
 def _widths(kept: Mapping[str, Tensor], policy: Policy) -> Widths:

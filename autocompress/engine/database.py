@@ -32,7 +32,7 @@ from autocompress.policy import LayerChoice
 from autocompress.stored import Full, Half, Quantised, Stored, round_to_half
 from autocompress.task import Batch
 
-VERSION = 1
+VERSION = 2
 """Raise when statistics, orders or solutions change, so that older ones on disk are not read."""
 FACTOR_BYTES = 256 * 2**20
 """Factors of H that stay in memory for the next level of the same layers."""
@@ -145,7 +145,8 @@ def _stored(entry: Entry, layer: Layer, choice: LayerChoice) -> Stored:
         raise ValueError("a symmetric grid has its zero elsewhere")
     if mask is not None and bool((codes != zero.reshape(-1, *[1] * (codes.ndim - 1)))[~mask].any()):
         raise ValueError("pruned weights are not zero")
-    return Quantised(codes, scale, zero, choice.width, choice.symmetric, mask).with_length()
+    found = Quantised(codes, scale, zero, choice.width, choice.symmetric, mask)
+    return (found.narrowed() if choice.entropy else found).with_length()
 
 
 def _checked(entry: Entry, name: str, kind: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -65,15 +65,17 @@ def _equal_steps(weight: Tensor, choice: LayerChoice, importance: Tensor | None)
     For entropy coded codes equal steps lose least at a given length (Gish and Pierce 1968, "Asymptotically efficient
     quantizing"), and nothing needs to be clipped: large codes are rare and rare codes cost little. A normal variable
     takes log2(size / step) + 2.05 bits then, and others less. Rows whose errors weigh differently, as those of a
-    depthwise layer do, have steps whose errors weigh the same.
+    depthwise layer do, have steps whose errors weigh the same. A row whose largest weight is beyond a byte's codes has
+    a coarser step.
     """
     rows = weight.detach().float().flatten(1)  # (out, n)
     weighs = torch.ones_like(rows[:, 0])
     if importance is not None and importance.ndim == 2:
         weighs = (importance.mean(dim=1) / importance.mean()).clamp_min(torch.finfo(rows.dtype).tiny)
     size = (rows.square().mean(dim=1) * weighs).double().mean().sqrt().float()
-    scale = round_to_half(size * 2.0 ** (2 - choice.bits) * weighs.rsqrt())
-    return Grid(scale, torch.full_like(scale, 2 ** (choice.width - 1)), choice.width, True)
+    reach = 2 ** (choice.width - 1)
+    scale = torch.maximum(size * 2.0 ** (2 - choice.bits) * weighs.rsqrt(), rows.abs().amax(dim=1) / (reach - 1))
+    return Grid(round_to_half(scale), torch.full_like(scale, reach), choice.width, True)
 
 
 def fit_grid(weight: Tensor, bits: int, *, symmetric: bool, importance: Tensor | None = None) -> Grid:
@@ -141,12 +143,14 @@ def quantise(weight: Tensor, choice: LayerChoice, mask: Tensor | None, grid: Gri
         return Full(weight, mask)
     if choice.bits == 16:
         return Half(round_to_half(weight), mask)
+    narrow = grid is None and choice.entropy
     grid = grid or grid_of(weight, choice)
     codes = grid.encode(weight).to(torch.uint8)
     zero = grid.zero.to(torch.uint8)
     if mask is not None:
         codes = torch.where(mask, codes, zero.reshape(-1, *[1] * (codes.ndim - 1)))
-    return Quantised(codes, grid.scale, zero, grid.bits, grid.symmetric, mask).with_length()
+    found = Quantised(codes, grid.scale, zero, grid.bits, grid.symmetric, mask)
+    return (found.narrowed() if narrow else found).with_length()
 
 
 def rescale(stored: Stored, factor: Tensor) -> Stored:

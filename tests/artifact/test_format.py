@@ -278,7 +278,10 @@ def test_quality_that_was_not_measured_is_nan() -> None:
 def test_header_of_a_resnet20_with_mixed_widths_takes_few_bytes() -> None:
     graph = trace(cifar10.architecture(20).eval(), torch.zeros(2, 3, 32, 32))
     layers = {layer.name: LayerChoice(2 + i % 3, i % 7 / 10) for i, layer in enumerate(graph.layers)}
-    coded = {layer.weight: math.prod(layer.shape) // (9 + i % 4) for i, layer in enumerate(graph.layers)}
+    coded = {
+        layer.weight: (layers[layer.name].width, math.prod(layer.shape) // (9 + i % 4))
+        for i, layer in enumerate(graph.layers)
+    }
     header = Size(graph, "cifar10-resnet20", "accuracy").header(Policy(layers), coded)
     assert {entry.coding for entry in header.entries if entry.kind == "quantised"} == {"entropy"}
     assert len(header.encode()) <= 520
@@ -305,7 +308,7 @@ def test_second_decoder_reads_whole_models(bench: Workbench, bits: int, scheme: 
     policy = Policy(layers, {group.name: 0.5 for group in bench.graph.prunable}, recovery=Recovery(fold_bn=fold))
     compressed = compress(bench, policy)
     size = Size(bench.graph, "small", "accuracy")
-    written = size.header(policy, compressed.coded_lengths())
+    written = size.header(policy, compressed.codings())
     header, tensors, _ = decode(packed.pack(written, compressed.tensors, 0.5, policy.key()))
     assert Policy.from_json(header["policy"]) == Policy(keep=policy.keep), "layers stand in the rows"
     assert header["folded"] == (["1"] if fold else [])

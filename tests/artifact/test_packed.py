@@ -190,7 +190,7 @@ def test_layer_is_written_in_its_shortest_coding(evaluator: Evaluator, bits: int
         ternary = bits == 1 and kept < count
         assert plain.coding == ("bitmask" if masked < dense or ternary else "dense")
         assert plain.count == (count if plain.coding == "dense" else kept)
-        coded = compressed.coded_lengths().get("conv1.weight", math.inf)
+        _, coded = compressed.codings().get("conv1.weight", (bits, math.inf))
         if coded + layout.WORTHWHILE <= (dense if plain.coding == "dense" else masked):
             assert (entry.coding, entry.count, entry.coded) == ("entropy", count, coded)
         else:

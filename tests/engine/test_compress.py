@@ -173,7 +173,7 @@ def test_the_file_holds_the_weights_of_the_last_forward_pass_bit_for_bit(
     recovery = Recovery(epochs=2, lr=0.1, scales=scales, ema=ema, adjust_factor=0.5, fold_bn=False, reestimate_bn=False)
     compressed = compress(bench, Policy(layers, {groups(bench)[0]: 0.5}, recovery=recovery, solver=solver))
     assert len(seen) == 8
-    header = Size(bench.graph, "task", "accuracy").header(compressed.policy, compressed.coded_lengths())
+    header = Size(bench.graph, "task", "accuracy").header(compressed.policy, compressed.codings())
     packed = unpack(pack(header, compressed.tensors, 0.5, compressed.policy.key())).tensors
     for name in LAYERS:
         stored = packed[f"{name}.weight"]

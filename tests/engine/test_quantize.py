@@ -83,16 +83,23 @@ def test_entropy_grids_have_one_step_in_proportion_to_the_weight() -> None:
     assert torch.equal(grid.scale, grid.scale[:1].expand(8))
     assert float(grid.scale[0]) == pytest.approx(float(weight.square().mean().sqrt()) / 2, rel=1e-3)
     assert torch.equal(grid_of(4 * weight, choice).scale, 4 * grid.scale)
-    assert torch.equal(grid.zero, torch.full((8,), 16.0))
+    assert torch.equal(grid.zero, torch.full((8,), 128.0))
 
 
-def test_entropy_grids_clip_nothing_within_eight_sizes() -> None:
+def test_entropy_grids_clip_nothing_and_codes_are_no_wider_than_the_largest_needs() -> None:
+    """As the few huge weights of transformers need it."""
     weight = weights(rows=4, columns=5000)
-    weight[0, 0], weight[1, 1] = 7.5, -7.5
-    for bits in (1, 2, 3, 6):
-        stored = quantise(weight, LayerChoice(bits, scheme="entropy"), None)
-        assert isinstance(stored, Quantised)
-        assert (stored.dense() - weight).abs().max() <= stored.scale.max() * (1 if bits == 1 else 0.501)
+    for largest, width in ((5.0, 4), (-60.0, 7)):
+        weight[0, 0] = largest
+        for bits in (1, 2, 3, 6):
+            stored = quantise(weight, LayerChoice(bits, scheme="entropy"), None)
+            assert isinstance(stored, Quantised)
+            assert ((stored.dense() - weight).abs() <= 0.501 * stored.scale[:, None]).all()
+            assert torch.equal(stored.zero, torch.full((4,), 2 ** (stored.bits - 1), dtype=torch.uint8))
+            steps = stored.codes.int() - 2 ** (stored.bits - 1)
+            assert not ((steps >= -(2 ** (stored.bits - 2))) & (steps < 2 ** (stored.bits - 2))).all()
+            assert bits != 2 or stored.bits == width
+        assert float(stored.scale[0] / stored.scale[1]) == pytest.approx(1.0 if largest == 5.0 else 7.5, rel=0.15)
 
 
 def test_at_equal_length_an_entropy_grid_loses_less_where_some_weights_are_large() -> None:

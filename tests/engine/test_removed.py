@@ -164,8 +164,8 @@ def test_the_file_holds_the_model_that_was_scored(bench: Workbench, bits: int, f
     compressed = compress(bench, wanted)
     expected = outputs(bench.realise(compressed)).clone()
     size = Size(bench.graph, "branch", "accuracy")
-    content = packed.pack(size.header(wanted, compressed.coded_lengths()), compressed.tensors, 0.5, wanted.key())
-    assert len(content) == size(wanted, compressed.coded_lengths())
+    content = packed.pack(size.header(wanted, compressed.codings()), compressed.tensors, 0.5, wanted.key())
+    assert len(content) == size(wanted, compressed.codings())
     artifact = packed.unpack(content)
     rows = {entry.name: entry for entry in artifact.header.entries}
     for name in ("inner", "outer", "up", "down"):
@@ -176,5 +176,5 @@ def test_the_file_holds_the_model_that_was_scored(bench: Workbench, bits: int, f
     assert torch.equal(outputs(again), expected)
 
 
-def test_coded_lengths_name_only_layers_that_are_left(bench: Workbench) -> None:
-    assert set(bench.coded_lengths(policy(BOTH, 4))) == {"stem.weight", "head.weight"}
+def test_codings_name_only_layers_that_are_left(bench: Workbench) -> None:
+    assert set(bench.codings(policy(BOTH, 4))) == {"stem.weight", "head.weight"}

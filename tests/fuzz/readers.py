@@ -140,7 +140,7 @@ def _packed() -> list[bytes]:
     ):
         policy = Policy(layers, {g.name: 0.5 for g in bench.graph.prunable[:1]})
         made = compress(bench, policy)
-        header = Size(bench.graph, "tiny", "accuracy").header(policy, made.coded_lengths())
+        header = Size(bench.graph, "tiny", "accuracy").header(policy, made.codings())
         found.append(pack(header, made.tensors, 0.5, policy.key()))
     return found
 
