@@ -262,7 +262,8 @@ class Study:
 
     def best(self) -> Trial | None:
         """Best feasible quality."""
-        return self._archive.best()
+        found = self._archive.best()
+        return None if found is None else self.trials[self._place[found.number]]  # as it is known by now
 
     def _new_archive(self) -> Archive:
         """The front of nothing yet."""
