@@ -98,25 +98,34 @@ def tensors(value: Any) -> list[Tensor]:
     return []
 
 
+def first_output(outputs: Any) -> Tensor:
+    """The first floating-point tensor in outputs. Raises `TaskError` if there is none."""
+    found = tensors(outputs)
+    if not found:
+        raise TaskError("the model's outputs hold no floating-point tensor")
+    return found[0]
+
+
 def first_input(positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
     """What a module was called with first, by position or by keyword; None if with nothing."""
     return next(iter((*positional, *named.values())), None)
 
 
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Inputs with `change` made to every tensor in them: dictionaries stay such, sequences become tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: mapped(item, change) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(mapped(item, change) for item in value)
+    return value
+
+
 def head(value: Any, count: int) -> Any:
     """The first `count` examples of batched inputs: tensors as long as the batch are cut, others stay whole."""
     batch = length(value)
-
-    def cut(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            return item[:count] if item.ndim and len(item) == batch else item
-        if isinstance(item, Mapping):
-            return {key: cut(part) for key, part in item.items()}
-        if isinstance(item, tuple | list):
-            return tuple(cut(part) for part in item)
-        return item
-
-    return cut(value)
+    return mapped(value, lambda item: item[:count] if item.ndim and len(item) == batch else item)
 
 
 def few(model: nn.Module, inputs: Any, count: int) -> Any:
@@ -129,6 +138,11 @@ def few(model: nn.Module, inputs: Any, count: int) -> Any:
         return smaller
     except Exception:  # whatever a model raises when shapes do not suit it
         return to_device(inputs, device)
+
+
+def rows(value: Any, index: Tensor) -> Any:
+    """Examples `index` of inputs whose tensors are all as long as there are examples."""
+    return mapped(value, lambda item: item[index])
 
 
 def length(inputs: Any) -> int:
@@ -144,13 +158,7 @@ def length(inputs: Any) -> int:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """`value` with every tensor in it on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(to_device(item, device) for item in value)
-    return value
+    return mapped(value, lambda item: item.to(device))
 
 
 def soft_target_divergence(outputs: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -204,7 +212,7 @@ def better(task: Task, a: float, b: float) -> bool:
 Data = tuple[Any, Any] | Callable[[], tuple[Any, Any]] | torch.utils.data.Dataset[Any]
 
 
-class _ArrayTask:
+class ArrayTask:
     """Shared by the ready-made tasks: three splits in memory and a model that was trained on them."""
 
     def __init__(
@@ -226,7 +234,7 @@ class _ArrayTask:
         self.name, self.batch_size, self.augment = name, batch_size, augment
         self._model = model
         self._sources: dict[Split, Data] = {"train": train, "val": val, "test": test}
-        self._loaded: dict[Split, tuple[Tensor, Tensor]] = {}
+        self._loaded: dict[Split, tuple[Any, Tensor]] = {}
 
     def model(self) -> nn.Module:
         """A fresh copy of the trained model in evaluation mode."""
@@ -234,7 +242,7 @@ class _ArrayTask:
             return copy.deepcopy(self._model).eval()
         return self._model().eval()
 
-    def split(self, split: Split) -> tuple[Tensor, Tensor]:
+    def split(self, split: Split) -> tuple[Any, Tensor]:
         """All inputs and targets of `split`."""
         if split not in self._loaded:
             inputs, targets = _arrays(self._sources[split], split)
@@ -253,7 +261,7 @@ class _ArrayTask:
         """Batches of `split`: `train` shuffled and augmented by `seed`, the others in order."""
         return _Epoch(self, split, seed)
 
-    def prepare(self, inputs: Tensor) -> Tensor:
+    def prepare(self, inputs: Any) -> Any:
         """From stored inputs to what the model takes; a subclass may normalise here."""
         return inputs.float() if inputs.dtype == torch.uint8 else inputs
 
@@ -263,7 +271,7 @@ class _ArrayTask:
         found, targets = [], []
         with torch.inference_mode():
             for batch in batches:
-                found.append(tensors(call(model, to_device(batch.inputs, device)))[0].cpu())
+                found.append(first_output(call(model, to_device(batch.inputs, device))).detach().cpu())
                 targets.append(batch.target)
         return torch.cat(found), torch.cat(targets)
 
@@ -279,25 +287,25 @@ class _ArrayTask:
 class _Epoch:
     """One pass over a split; its length is known without making the batches."""
 
-    def __init__(self, task: _ArrayTask, split: Split, seed: int) -> None:
+    def __init__(self, task: ArrayTask, split: Split, seed: int) -> None:
         self._task, self._split, self._seed = task, split, seed
 
     def __len__(self) -> int:
-        return -(-len(self._task.split(self._split)[0]) // self._task.batch_size)
+        return -(-len(self._task.split(self._split)[1]) // self._task.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         task, (inputs, targets) = self._task, self._task.split(self._split)
         generator = torch.Generator().manual_seed(self._seed)
         shuffled = self._split == "train"
-        order = torch.randperm(len(inputs), generator=generator) if shuffled else torch.arange(len(inputs))
+        order = torch.randperm(len(targets), generator=generator) if shuffled else torch.arange(len(targets))
         for index in torch.split(order, task.batch_size):
-            batch = task.prepare(inputs[index])
+            batch = task.prepare(rows(inputs, index))
             if shuffled and task.augment is not None:
                 batch = task.augment(batch, generator)
             yield Batch(batch, targets[index])
 
 
-class ClassificationTask(_ArrayTask):
+class ClassificationTask(ArrayTask):
     """A classifier whose outputs are logits with classes along dimension 1; the metric is accuracy in [0, 1]."""
 
     metric = "accuracy"
@@ -310,7 +318,7 @@ class ClassificationTask(_ArrayTask):
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Cross-entropy."""
-        logits = tensors(outputs)[0]
+        logits = first_output(outputs)
         return F.cross_entropy(logits, batch.target.to(logits.device))
 
     def score_batches(self, model: nn.Module, batches: Iterable[Batch]) -> float:
@@ -338,10 +346,10 @@ class ClassificationTask(_ArrayTask):
 
     def divergence(self, outputs: Any, teacher: Any, temperature: float = 1.0) -> Tensor:
         """Temperature-softened Kullback-Leibler divergence."""
-        return soft_target_divergence(tensors(outputs)[0], tensors(teacher)[0], temperature)
+        return soft_target_divergence(first_output(outputs), first_output(teacher), temperature)
 
 
-class RegressionTask(_ArrayTask):
+class RegressionTask(ArrayTask):
     """A model that predicts numbers; the metric is R^2, the share of the targets' variance that is explained."""
 
     metric = "r2"
@@ -352,7 +360,7 @@ class RegressionTask(_ArrayTask):
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Mean squared error."""
-        predicted = tensors(outputs)[0]
+        predicted = first_output(outputs)
         return F.mse_loss(predicted, batch.target.to(predicted.device).reshape(predicted.shape))
 
     def score_batches(self, model: nn.Module, batches: Iterable[Batch]) -> float:

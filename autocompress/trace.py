@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from autocompress.errors import TaskError
 from autocompress.graph import Graph, Group, Layer, Member
 from autocompress.surgery import fold_scale, install, tensors_of, without
-from autocompress.task import call, few, first_input, length, tensors
+from autocompress.task import call, few, first_input, length, mapped, tensors
 
 COMPRESSIBLE: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
@@ -58,22 +58,12 @@ def trace(model: nn.Module, inputs: Any, examples: int = 4) -> Graph:
 
 def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
     """Model and inputs in double precision, where a wrong channel cannot hide in rounding; as given if that fails."""
-    exact, wide = copy.deepcopy(model).double(), _doubled(inputs)
+    exact, wide = copy.deepcopy(model).double(), mapped(inputs, lambda t: t.double() if t.is_floating_point() else t)
     try:
         _run(exact, wide)
         return exact, wide
     except Exception:  # the model's code insists on its own precision
         return model, inputs
-
-
-def _doubled(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: _doubled(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(_doubled(item) for item in value)
-    return value
 
 
 # --- layers ---------------------------------------------------------------------------------------------

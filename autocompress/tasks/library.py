@@ -7,8 +7,8 @@ from safetensors alone, and no code that lies beside a model is run.
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -70,10 +70,7 @@ class LibraryTask(OutputsTask):
     def details(self, model: nn.Module, split: Split) -> dict[str, float]:
         """Mean cosine similarity and, for embeddings, the rank correlation of similarities."""
         kinds: tuple[Closeness, ...] = ("cosine", "rank") if self.metric == "rank" else ("cosine",)
-        batches = list(self.batches(split))
-        with torch.inference_mode():
-            found = torch.cat([self.seen(model, batch.inputs) for batch in batches])
-        wanted = torch.cat([batch.target for batch in batches])
+        found, wanted = self.outputs(model, self.batches(split))
         return {kind: closeness(found, wanted, kind) for kind in kinds}
 
 
@@ -151,7 +148,7 @@ def documentation(count: int = SENTENCES) -> list[str]:
     Evenly from all modules that can be read without being imported.
     """
     found: dict[str, None] = {}
-    folder = Path(inspect.getsourcefile(re) or "").parent.parent
+    folder = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(folder.rglob("*.py")):
         if {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(path.relative_to(folder).parts):
             continue

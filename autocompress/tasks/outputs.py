@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,15 +13,15 @@ from torch import Tensor, nn
 
 from autocompress.errors import TaskError
 from autocompress.task import (
+    ArrayTask,
     Batch,
     Direction,
     Split,
-    call,
+    first_output,
     length,
+    rows,
     soft_target_divergence,
     squared_error_divergence,
-    tensors,
-    to_device,
 )
 
 Closeness = Literal["cosine", "rank", "agreement"]
@@ -33,13 +32,13 @@ Inputs = Any
 """A tensor or array, or a tuple or dictionary of them as arguments of the model, all as long as there are inputs."""
 
 
-class OutputsTask:
+class OutputsTask(ArrayTask):
     """Inputs alone; what the trained model gives for them is what is wanted.
 
     The metric says how near the outputs stay, 1 being equal: `cosine`, their mean cosine similarity; `rank`, for
     embeddings, the rank correlation (Spearman) of the similarities of all pairs of inputs; `agreement`, for
-    classifiers, the share of inputs with the same largest logit. Of several outputs the first floating-point tensor
-    counts.
+    classifiers, the share of inputs whose largest logit, along dimension 1, is the same. Of several outputs the first
+    floating-point tensor counts.
     """
 
     direction: Direction = "max"
@@ -61,70 +60,39 @@ class OutputsTask:
         """
         if metric not in get_args(Closeness):
             raise TaskError(f"metric is {metric!r}; it must be one of {', '.join(get_args(Closeness))}")
-        if batch_size < 1:
-            raise TaskError(f"batch_size is {batch_size}; it must be 1 or more")
+        super().__init__(model, train, val, test, name=name, batch_size=batch_size)
         self.metric: str = metric
-        self.name, self.batch_size = name, batch_size
-        self._model = model
-        self._sources: dict[Split, Any] = {"train": train, "val": val, "test": test}
-        self._inputs: dict[Split, Inputs] = {}
-        self._wanted: dict[Split, Tensor] = {}
 
-    def model(self) -> nn.Module:
-        """A fresh copy of the trained model in evaluation mode."""
-        if isinstance(self._model, nn.Module):
-            return copy.deepcopy(self._model).eval()
-        return self._model().eval()
-
-    def features(self, outputs: Any) -> Tensor:
-        """What is compared of a batch, (n, ...): the first output; a subclass may choose another."""
-        found = tensors(outputs)
-        if not found:
-            raise TaskError(f"the outputs of task {self.name!r} hold no floating-point tensor to compare")
-        return found[0]
-
-    def inputs(self, split: Split) -> Inputs:
-        """All inputs of a split."""
-        if split not in self._inputs:
+    def split(self, split: Split) -> tuple[Inputs, Tensor]:
+        """All inputs of `split`, and what the trained model gives for them, in memory after the first call."""
+        if split not in self._loaded:
             source = self._sources[split]
-            given = source() if callable(source) else source
-            found = _as_tensors(given)
-            lengths = {len(t) for t in _flat(found)}
+            inputs = _as_tensors(source() if callable(source) else source)
+            lengths = {len(t) for t in _flat(inputs)}
             if len(lengths) != 1 or 0 in lengths:
                 said = ", ".join(map(str, sorted(lengths))) or "no"
                 raise TaskError(
                     f"split {split!r} of task {self.name!r} has tensors of {said} inputs; "
                     "all must have as many, at least one"
                 )
-            self._inputs[split] = found
-        return self._inputs[split]
+            self._loaded[split] = inputs, self._given(inputs)
+        return self._loaded[split]
 
-    def batches(self, split: Split, seed: int = 0) -> _Epoch:
-        """Batches of inputs and what the trained model gives for them; `train` is shuffled by `seed`."""
-        return _Epoch(self, split, seed)
+    def _given(self, inputs: Inputs) -> Tensor:
+        parts = torch.split(torch.arange(length(inputs)), self.batch_size)
+        return self.outputs(self.model(), (Batch(rows(inputs, part), part) for part in parts))[0].clone()
 
-    def wanted(self, split: Split) -> Tensor:
-        """What the trained model gives for a split, in memory after the first call."""
-        if split not in self._wanted:
-            model, inputs = self.model(), self.inputs(split)
-            index = torch.split(torch.arange(length(inputs)), self.batch_size)
-            with torch.inference_mode():
-                found = [self.seen(model, _rows(inputs, part)) for part in index]
-            self._wanted[split] = torch.cat(found).clone()
-        return self._wanted[split]
-
-    def seen(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """What `model` gives for inputs, on the CPU in single precision."""
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        return self.features(call(model, to_device(inputs, device))).detach().float().cpu()
+    def prepare(self, inputs: Inputs) -> Inputs:
+        """Inputs are what the model takes."""
+        return inputs
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Distance from what the trained model gave."""
-        return self._distance(self.features(outputs), batch.target, 1.0)
+        return self._distance(first_output(outputs), batch.target, 1.0)
 
     def divergence(self, outputs: Any, teacher: Any, temperature: float = 1.0) -> Tensor:
         """Softened Kullback-Leibler divergence of logits, squared error over power of anything else."""
-        return self._distance(self.features(outputs), self.features(teacher), temperature)
+        return self._distance(first_output(outputs), first_output(teacher), temperature)
 
     def _distance(self, found: Tensor, wanted: Tensor, temperature: float) -> Tensor:
         wanted = wanted.to(found.device)
@@ -132,18 +100,9 @@ class OutputsTask:
             return soft_target_divergence(found, wanted, temperature)
         return squared_error_divergence(found, wanted)
 
-    def score(self, model: nn.Module, split: Split) -> float:
-        """The metric on all of `split`."""
-        return self.score_batches(model, self.batches(split))
-
     def score_batches(self, model: nn.Module, batches: Iterable[Batch]) -> float:
         """The metric on `batches`."""
-        found, wanted = [], []
-        with torch.inference_mode():
-            for batch in batches:
-                found.append(self.seen(model, batch.inputs))
-                wanted.append(batch.target)
-        return closeness(torch.cat(found), torch.cat(wanted), self.metric)
+        return closeness(*self.outputs(model, batches), self.metric)
 
 
 def closeness(found: Tensor, wanted: Tensor, metric: str) -> float:
@@ -167,25 +126,6 @@ def _similarities(rows: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
     return found[np.triu_indices(len(rows), k=1)]
 
 
-class _Epoch:
-    """One pass over a split; its length is known without making the batches."""
-
-    def __init__(self, task: OutputsTask, split: Split, seed: int) -> None:
-        self._task, self._split, self._seed = task, split, seed
-
-    def __len__(self) -> int:
-        return -(-length(self._task.inputs(self._split)) // self._task.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        inputs, wanted = self._task.inputs(self._split), self._task.wanted(self._split)
-        generator = torch.Generator().manual_seed(self._seed)
-        order = torch.arange(len(wanted))
-        if self._split == "train":
-            order = torch.randperm(len(wanted), generator=generator)
-        for index in torch.split(order, self._task.batch_size):
-            yield Batch(_rows(inputs, index), wanted[index])
-
-
 def _as_tensors(value: Any) -> Inputs:
     if isinstance(value, Mapping):
         return {str(key): _as_tensors(item) for key, item in value.items()}
@@ -200,9 +140,3 @@ def _flat(value: Inputs) -> list[Tensor]:
         return [value]
     items = value.values() if isinstance(value, Mapping) else value
     return [t for item in items for t in _flat(item)]
-
-
-def _rows(value: Inputs, index: Tensor) -> Inputs:
-    if isinstance(value, Mapping):
-        return {key: _rows(item, index) for key, item in value.items()}
-    return tuple(_rows(item, index) for item in value) if isinstance(value, tuple) else value[index]
