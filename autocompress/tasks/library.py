@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autocompress.errors import TaskError
-from autocompress.task import Split, tensors
+from autocompress.task import Split, call, first_output, head
 from autocompress.tasks.outputs import Closeness, OutputsTask, closeness
 
 TOKENS = 64
@@ -59,7 +59,7 @@ class Embedding(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Keyword arguments are the encoder's; `attention_mask` (n, positions) is among them."""
-        positions = tensors(self.encoder(**inputs))[0]  # (n, positions, width)
+        positions = first_output(self.encoder(**inputs))  # (n, positions, width)
         weighs = inputs["attention_mask"].unsqueeze(-1).to(positions.dtype)
         return (positions * weighs).sum(dim=1) / weighs.sum(dim=1).clamp_min(1.0)
 
@@ -81,9 +81,8 @@ def _transformers(name: str, data: Path | None, checkpoint: Path | None) -> Outp
     model = _pretrained(library, name)
     inputs = _inputs(data) if data is not None and data.suffix == ".safetensors" else None
     splits = inputs or _tokenised(library, name, _lines(data) if data is not None else documentation())
-    encodes = "ForMaskedLM" not in type(model).__name__ and not hasattr(model, "lm_head") and _is_encoder(model, splits)
-    metric: Closeness = "rank" if encodes else "agreement"
-    wrapped = Embedding(model) if encodes else model
+    metric = _kept(name, model, splits["val"])
+    wrapped = Embedding(model) if metric == "rank" else model
     title = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).name or name).strip("-").lower()
     return LibraryTask(
         wrapped, splits["train"], splits["val"], splits["test"], metric=metric, name=f"hf-{title}", batch_size=BATCH
@@ -103,14 +102,23 @@ def _pretrained(library: Any, name: str) -> nn.Module:
     return found.eval()
 
 
-def _is_encoder(model: nn.Module, splits: Mapping[Split, Any]) -> bool:
-    """Whether the first output has a vector for each position of a text."""
-    inputs = splits["val"]
-    if not isinstance(inputs, Mapping) or "attention_mask" not in inputs:
-        return False
+def _kept(name: str, model: nn.Module, inputs: Any) -> Closeness:
+    """How a model stays near: by its answers, by the ranks of its texts' embeddings, or else by its outputs.
+
+    Raises `TaskError` for one that answers at every position: all its answers would not fit into memory.
+    """
     with torch.inference_mode():
-        first = tensors(model(**{key: value[:2] for key, value in inputs.items()}))[0]
-    return first.ndim == 3
+        outputs = call(model, head(inputs, 2))
+    first = first_output(outputs)
+    if not (isinstance(outputs, Mapping) and "logits" in outputs):
+        texts = isinstance(inputs, Mapping) and "attention_mask" in inputs
+        return "rank" if first.ndim == 3 and texts else "cosine"
+    if first.ndim > 2:
+        raise TaskError(
+            f"hf:{name} is {type(model).__name__}, which answers at every position; hf: keeps encoders and classifiers of "
+            "whole inputs: write a task file for it (`autocompress init`)"
+        )
+    return "agreement"
 
 
 def _tokenised(library: Any, name: str, texts: Sequence[str]) -> dict[Split, Any]:

@@ -85,6 +85,12 @@ def test_a_classifier_keeps_its_answers(saved: Callable[[str], Path], texts: Pat
     assert next(iter(task.batches("val", 0))).target.shape == (24, 3)
 
 
+def test_a_model_that_answers_at_every_position_is_refused(saved: Callable[[str], Path], texts: Path) -> None:
+    for kind in ("BertForMaskedLM", "BertForTokenClassification"):
+        with pytest.raises(TaskError, match=f"is {kind}, which answers at every position"):
+            load_task(f"hf:{saved(kind)}", data=texts)
+
+
 def test_a_transformer_is_traced_and_compressed(saved: Callable[[str], Path], texts: Path) -> None:
     evaluator = Evaluator(load_task(f"hf:{saved('BertModel')}", data=texts))
     kinds = {layer.kind for layer in evaluator.graph.layers}
