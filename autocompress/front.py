@@ -119,6 +119,27 @@ def front_of(trials: Sequence[Trial], direction: str, *, latency: bool = False) 
 
 
 @dataclass(eq=False)
+class _Members:
+    """Non-dominated trials with their points (members, objectives), in the order in which they came."""
+
+    trials: list[Trial] = field(default_factory=list)
+    points: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
+
+    def add(self, point: Point, trial: Trial) -> bool:
+        """Whether it is one of them now."""
+        new = np.array([point])  # (1, objectives)
+        if not self.trials:
+            self.trials, self.points = [trial], new
+            return True
+        if (self.points <= new).all(axis=1).any():
+            return False
+        stays = np.flatnonzero(~(new <= self.points).all(axis=1))
+        self.trials = [*(self.trials[i] for i in stays), trial]
+        self.points = np.concatenate([self.points[stays], new])
+        return True
+
+
+@dataclass(eq=False)
 class Archive:
     """What `front_of` and `pick` say of all feasible trials, kept up as trials come one by one.
 
@@ -128,8 +149,8 @@ class Archive:
     direction: str
     budget: Budget
     latency: bool = False
-    _whole: _Members = field(default_factory=lambda: _Members(), init=False)
-    _screened: _Members = field(default_factory=lambda: _Members(), init=False)
+    _whole: _Members = field(default_factory=_Members, init=False)
+    _screened: _Members = field(default_factory=_Members, init=False)
     _any_whole: bool = field(default=False, init=False)
     _front: list[Trial] | None = field(default=None, init=False)  # as last asked for, while that is right
 
@@ -156,27 +177,6 @@ class Archive:
         """The best quality, if anything is feasible."""
         front = self.front()
         return _best(front, self.direction) if front else None
-
-
-@dataclass(eq=False)
-class _Members:
-    """Non-dominated trials with their points (members, objectives), in the order in which they came."""
-
-    trials: list[Trial] = field(default_factory=list)
-    points: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))
-
-    def add(self, point: Point, trial: Trial) -> bool:
-        """Whether it is one of them now."""
-        new = np.array([point])  # (1, objectives)
-        if not self.trials:
-            self.trials, self.points = [trial], new
-            return True
-        if (self.points <= new).all(axis=1).any():
-            return False
-        stays = np.flatnonzero(~(new <= self.points).all(axis=1))
-        self.trials = [*(self.trials[i] for i in stays), trial]
-        self.points = np.concatenate([self.points[stays], new])
-        return True
 
 
 def scored(trials: Sequence[Trial]) -> list[Trial]:

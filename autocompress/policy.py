@@ -78,14 +78,15 @@ class LayerChoice:
         _canonical(self)
         if self.bits == int(self.bits):
             object.__setattr__(self, "bits", int(self.bits))
-        _require(self.bits in BITS or self.entropy, "bits", self.bits, f"one of {BITS}; {HALVES} with scheme entropy")
+        known = (*BITS, *HALVES) if self.scheme == "entropy" else BITS
+        _require(self.bits in known, "bits", self.bits, f"one of {BITS}; {HALVES} with scheme entropy")
         _require(0.0 <= self.sparsity < 1.0, "sparsity", self.sparsity, "in [0, 1)")
         _one_of("scheme", self.scheme, Scheme)
 
     @property
     def entropy(self) -> bool:
         """Whether it is the grid for entropy coded codes."""
-        return self.scheme == "entropy" and self.bits <= MOST_ENTROPY and self.bits in (*BITS, *HALVES)
+        return self.scheme == "entropy" and self.bits <= MOST_ENTROPY
 
     @property
     def width(self) -> int:

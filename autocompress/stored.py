@@ -33,14 +33,17 @@ class Quantised:
     mask: Tensor | None = None
     coded: int | None = None
 
+    def steps(self) -> Tensor:
+        """Codes counted from the zero point, int16."""
+        return self.codes.to(torch.int16) - self.zero.to(torch.int16).reshape(-1, *[1] * (self.codes.ndim - 1))
+
     def symbols(self) -> Tensor:
-        """What is entropy coded, flat uint8: codes counted from the zero point modulo their number, so 0 is zero."""
-        zero = self.zero.to(torch.int16).reshape(-1, *[1] * (self.codes.ndim - 1))
-        return ((self.codes.to(torch.int16) - zero) % alphabet(self.bits)).to(torch.uint8).flatten()
+        """What is entropy coded, flat uint8: `steps` modulo the number of codes, so 0 is zero."""
+        return (self.steps() % alphabet(self.bits)).to(torch.uint8).flatten()
 
     def narrowed(self) -> Quantised:
         """The same symmetric codes in as few bits as they need, two or more."""
-        steps = self.codes.to(torch.int16) - _per_row(self.zero, self.codes).to(torch.int16)
+        steps = self.steps()
         low, high = (int(steps.min()), int(steps.max())) if steps.numel() else (0, 0)
         bits = max(2, 1 + max(-low - 1, high, 0).bit_length())
         zero = torch.full_like(self.zero, 2 ** (bits - 1))

@@ -258,12 +258,16 @@ class Study:
 
     def front(self) -> list[Trial]:
         """Feasible non-dominated trials."""
-        return [self.trials[self._place[trial.number]] for trial in self._archive.front()]
+        return [self._now(trial) for trial in self._archive.front()]
 
     def best(self) -> Trial | None:
         """Best feasible quality."""
         found = self._archive.best()
-        return None if found is None else self.trials[self._place[found.number]]  # as it is known by now
+        return None if found is None else self._now(found)
+
+    def _now(self, trial: Trial) -> Trial:
+        """A trial with what became known of it since: the archive has it as it first came."""
+        return self.trials[self._place[trial.number]]
 
     def _new_archive(self) -> Archive:
         """The front of nothing yet."""
@@ -631,7 +635,7 @@ class Study:
                 f"trial {trial.number} measured {expected.bytes:,} bytes and quality {expected.quality:.6f}, but its "
                 f"file {artifact.bytes:,} and {found:.6f}: this machine or its libraries changed during the run"
             )
-        trial, test = self.trials[self._place[trial.number]], trial.quality_test
+        trial, test = self._now(trial), trial.quality_test
         if math.isnan(test):
             test = float(self.evaluator.task.score(artifact.model, "test"))
         self._finish(replace(trial, quality_test=test, artifact=name))
@@ -1232,7 +1236,7 @@ def measuring(settings: Settings, folder: Path, *, timed: bool = True) -> Evalua
     Unless `timed`, the dense model's latency is not the run's: `settings` ask for another format.
     """
     with Journal.reading(folder) as journal:
-        known, dense = journal.fact("precision", _precision), journal.fact("dense", _dense)
+        known, dense = journal.fact("precision", _precision), journal.fact("dense", Measurement.from_json)
     evaluator = settings.evaluator(dense.latency_ms if timed and dense is not None else None)
     if known is not None:
         evaluator.bench.precision = known
@@ -1242,15 +1246,10 @@ def measuring(settings: Settings, folder: Path, *, timed: bool = True) -> Evalua
 def _dense_latency(folder: Path) -> float | None:
     try:
         with Journal.reading(folder) as journal:
-            dense = journal.fact("dense", _dense)
+            dense = journal.fact("dense", Measurement.from_json)
     except RunError:  # killed before its journal was whole: nothing was measured yet
         return None
     return None if dense is None else float(dense.latency_ms)
-
-
-def _dense(data: Any) -> Measurement:
-    """The original, as `_describe` wrote it: NaN stands there as such."""
-    return Measurement.from_json(data)
 
 
 def _precision(data: Any) -> Precision:

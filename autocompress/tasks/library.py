@@ -115,8 +115,8 @@ def _kept(name: str, model: nn.Module, inputs: Any) -> Closeness:
         return "rank" if first.ndim == 3 and texts else "cosine"
     if first.ndim > 2:
         raise TaskError(
-            f"hf:{name} is {type(model).__name__}, which answers at every position; hf: keeps encoders and classifiers of "
-            "whole inputs: write a task file for it (`autocompress init`)"
+            f"hf:{name} is {type(model).__name__}, which answers at every position; hf: keeps encoders and classifiers "
+            "of whole inputs: write a task file for it (`autocompress init`)"
         )
     return "agreement"
 

@@ -19,9 +19,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from tiny import tiny_workbench
+from torch import nn
 
-from autocompress import ArtifactError, AutocompressError, ClassificationTask, LayerChoice, Policy, Workbench, compress
+from autocompress import ArtifactError, AutocompressError, LayerChoice, Policy, compress
 from autocompress.artifact.packed import Artifact, build, pack, unpack
 from autocompress.measure.size import Size
 from autocompress.stored import Half, Raw, Stored
@@ -29,25 +30,8 @@ from autocompress.stored import Half, Raw, Stored
 MEGABYTE = 2**20
 
 
-class Tiny(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3, bias=False)
-        self.bn = nn.BatchNorm2d(4)
-        self.body = nn.Sequential(nn.Conv2d(4, 4, 1))
-        self.fc = nn.Linear(4, 3)
-        self.register_buffer("steps", torch.tensor([3, 4]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.body(torch.relu(self.bn(self.conv(x)))).mean(dim=(2, 3)))
-
-
 def _sound() -> tuple[bytes, nn.Module]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        data = torch.randn(8, 1, 5, 5), torch.arange(8) % 3
-        model = Tiny()
-    bench = Workbench(ClassificationTask(model, data, data, data, name="tiny"))
+    bench, model = tiny_workbench()
     policy = Policy({"conv": LayerChoice(3, 0.5), "body.0": LayerChoice(8, 0.5, "asymmetric"), "fc": LayerChoice(16)})
     compressed = compress(bench, policy)
     return pack(Size(bench.graph, "tiny", "accuracy").header(policy), compressed.tensors, 0.5, policy.key()), model

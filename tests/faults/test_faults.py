@@ -23,27 +23,6 @@ pytestmark = pytest.mark.slow
 YEARS = 10 * 365 * 86_400
 
 
-@pytest.fixture(scope="module")
-def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
-    found = Starter(tmp_path_factory.mktemp("faults"))
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def reference(starter: Starter) -> Path:
-    """The folder of a run that nobody disturbed."""
-    starter.search("whole")
-    assert starter.ended() == 0
-    return starter.folder / "whole"
-
-
-@pytest.fixture(scope="module")
-def whole(reference: Path) -> list[Trial]:
-    """Its trials."""
-    return trials(reference)
-
-
 def broken_then_whole(
     starter: Starter, reference: Path, run: str, plans: list[Plan], words: str, codes: tuple[int, ...] = (2,)
 ) -> None:

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,30 +25,6 @@ from faults.harness import (
 from autocompress.front import Trial
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
-    found = Starter(tmp_path_factory.mktemp("killed"))
-    yield found
-    found.close()
-
-
-@pytest.fixture(scope="module")
-def reference(starter: Starter) -> Path:
-    """The folder of a run that nobody disturbed."""
-    starter.search("whole")
-    assert starter.ended() == 0
-    found = trials(starter.folder / "whole")
-    assert sum(t.evaluation.rung for t in found) >= 2
-    check_ended(starter.folder / "whole", starter.folder / "whole")
-    return starter.folder / "whole"
-
-
-@pytest.fixture(scope="module")
-def whole(reference: Path) -> list[Trial]:
-    """Its trials."""
-    return trials(reference)
 
 
 def wait_for(folder: Path, count: int) -> None:

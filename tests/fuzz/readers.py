@@ -27,9 +27,10 @@ import torch
 from fakes import GRAPH, evaluation, make_profile, make_space
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save
-from torch import Tensor, nn
+from tiny import Tiny, tiny_workbench
+from torch import Tensor
 
-from autocompress import ClassificationTask, LayerChoice, Policy, Recovery, Workbench, compress
+from autocompress import LayerChoice, Policy, Recovery, Workbench, compress
 from autocompress.ablation import read_ablation, summarise
 from autocompress.artifact.onnx import About
 from autocompress.artifact.packed import build, pack, unpack
@@ -109,27 +110,9 @@ def _peak() -> int:
 # --- artifacts ------------------------------------------------------------------------------------------
 
 
-class Tiny(nn.Module):
-    """Few bytes, every kind of tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3, bias=False)
-        self.bn = nn.BatchNorm2d(4)
-        self.body = nn.Sequential(nn.Conv2d(4, 4, 1))
-        self.fc = nn.Linear(4, 3)
-        self.register_buffer("steps", torch.tensor([3, 4]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.body(torch.relu(self.bn(self.conv(x)))).mean(dim=(2, 3)))
-
-
 @functools.cache
 def _bench() -> Workbench:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        data = torch.randn(8, 1, 5, 5), torch.arange(8) % 3
-        return Workbench(ClassificationTask(Tiny(), data, data, data, name="tiny"))
+    return tiny_workbench()[0]
 
 
 def _packed() -> list[bytes]:
