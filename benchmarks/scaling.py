@@ -66,7 +66,9 @@ PAUSE = 0.02
 STARTING = 300.0
 """Seconds within which a driver makes progress, even on a very busy machine."""
 ENDLESS = 10**6
-REPEATS = 3
+REPEATS = 5
+DISTINCT = 10
+"""Policies that `scaling` evaluates in turn."""
 
 
 # --- a study of the synthetic problem ---------------------------------------------------------------------
@@ -353,7 +355,8 @@ def scaling(jobs: int) -> dict[str, float]:
     settings = Settings("digits", epochs=0)
     evaluator = settings.evaluator(1.0)
     controller = make_controller("random", Space(load_space("default"), evaluator.graph), Budget(), evaluator.bound, 0)
-    work = [Job(controller.ask(), 0, number=i) for i in range(jobs)]
+    policies = [controller.ask() for _ in range(DISTINCT)]  # each needs levels of its own, solved before the clock runs
+    work = [Job(policies[i % DISTINCT], 0, number=i) for i in range(jobs)]
     rates: dict[int, list[float]] = {1: [], 2: []}
     with (
         closing(ProcessRunner(Setup(settings, 1.0), 1)) as one,
