@@ -73,6 +73,7 @@ class SolverController(OptunaController):
         self._instance = lru_cache(maxsize=64)(self._make_instance)
         self._surrogate = Surrogate(self._instance(self._whole)[0].losses)
         self._seen: set[str] = set()
+        self._fits: dict[Choice, Policy | None] = {}  # what `_fitted` made of choices; only saves finding it again
         self._front: list[tuple[int, float, Choice]] = []  # bytes, loss, choice; rising bytes, falling loss
         self._range = self._targets()
 
@@ -136,7 +137,9 @@ class SolverController(OptunaController):
         policy = None
         for attempt in range(TRIES):
             choice = self._candidate(number, attempt, draw)
-            policy = self._fitted(choice) if choice is not None else None
+            if choice is not None and choice not in self._fits:
+                self._fits[choice] = self._fitted(choice)
+            policy = self._fits[choice] if choice is not None else None
             if policy is not None and not self._is_known(policy):
                 return policy
         return self._anything(number) or policy or self._space.smallest()
@@ -167,10 +170,15 @@ class SolverController(OptunaController):
         return int(high * (low / high) ** share)
 
     def _target(self, draw: np.random.Generator) -> int:
-        """Bytes to aim at: the budget, or inside the gap of the front that holds most hypervolume."""
+        """Bytes to aim at: the budget, or inside the gap of the front that holds most hypervolume.
+
+        Evenly in log bytes while little is known: many workers ask before the first is told.
+        """
         low, high = self._range
-        if draw.random() < AT_BUDGET or len(self._front) < 2:
+        if draw.random() < AT_BUDGET:
             return high
+        if len(self._front) < 2:
+            return int(min(high, max(low, math.exp(draw.uniform(math.log(low), math.log(high))))))
         sizes = np.log([low, *(size for size, _, _ in self._front), high])
         losses = np.array([loss for _, loss, _ in self._front])
         drops = np.maximum(-np.diff(losses, prepend=losses[0] * 1.5, append=losses[-1] * 0.9), 1e-12)

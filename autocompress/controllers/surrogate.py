@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -57,6 +58,7 @@ class Surrogate:
         self._precision0 = np.kron(np.eye(layers), block)
         self._precision = self._precision0.copy()
         self._right = np.zeros(len(self._precision))
+        self._believed: tuple[Floats, Floats] | None = None  # Cholesky factor of the precision, and theta's mean
 
     # --- learning ---
 
@@ -69,6 +71,7 @@ class Surrogate:
         self._rows.append((known[:, None] * self._bumps[layers, levels]).ravel())
         self._sums.append(float(known.sum()))
         self._losses.append(loss)
+        self._believed = None
         if len(self._losses) >= 1.25 * self._fitted:
             self._refit()
         else:
@@ -87,6 +90,7 @@ class Surrogate:
         sums = np.array(self._sums)
         if self._fitted:
             sums = np.maximum(sums + np.array(self._rows) @ self._theta(), LEAST * sums)
+            self._believed = None
         self._law = _power_law(sums, np.array(self._losses))
         self._fitted = len(self._losses)
         offset, power = self._law
@@ -98,8 +102,16 @@ class Surrogate:
 
     # --- predicting ---
 
+    def _belief(self) -> tuple[Floats, Floats]:
+        """Found once for all that is asked before something else is observed."""
+        if self._believed is None:
+            factor = np.linalg.cholesky(self._precision)
+            half = solve_triangular(factor, self._right, lower=True)
+            self._believed = factor, solve_triangular(factor, half, trans="T", lower=True)
+        return self._believed
+
     def _theta(self) -> Floats:
-        return np.asarray(np.linalg.solve(self._precision, self._right))
+        return self._belief()[1]
 
     def mean(self) -> Floats:
         """Losses (layers, levels) as believed now, on the additive scale."""
@@ -107,10 +119,9 @@ class Surrogate:
 
     def sample(self, draw: np.random.Generator) -> Floats:
         """Losses (layers, levels) drawn from what is believed: optimal for them is a Thompson proposal."""
-        factor = np.linalg.cholesky(self._precision)
-        noise = np.linalg.solve(factor.T, draw.standard_normal(len(self._right)))
-        half = np.linalg.solve(factor, self._right)
-        return self._losses_of(np.linalg.solve(factor.T, half) + noise)
+        factor, mean = self._belief()
+        noise = solve_triangular(factor, draw.standard_normal(len(mean)), trans="T", lower=True)
+        return self._losses_of(mean + noise)
 
     def _losses_of(self, theta: Floats) -> Floats:
         layers = len(self.prior)
