@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -24,13 +25,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from autocompress.errors import AutocompressError, BudgetError, RunError
-from autocompress.live import watching
+from autocompress.live import LOG_EVERY, watching
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none of it
     from autocompress.evaluate import Evaluator
     from autocompress.front import Trial, Wish
     from autocompress.measure.latency import Latency
     from autocompress.report.tables import Run
+    from autocompress.runners.board import Board
+    from autocompress.runners.storage import Crew
     from autocompress.space import Space
     from autocompress.study import Progress, Settings, Study
     from autocompress.task import Task
@@ -120,6 +123,25 @@ LatencyNode = Annotated[
 ]
 
 
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        envvar="AUTOCOMPRESS_STORAGE",
+        help="With --join: a database that all machines reach: postgresql://USER@HOST/NAME, mysql://..., "
+        "grpc://HOST:PORT (Optuna's proxy), or sqlite:///FILE on one machine. See docs/cluster.md.",
+        metavar="URL",
+    ),
+]
+Join = Annotated[
+    str | None,
+    typer.Option(
+        help="Take part in the search of this name, or begin it: the first to come proposes and writes the run folder, "
+        "the others evaluate for it. Give each the same command.",
+        metavar="NAME",
+    ),
+]
+
+
 class Format(StrEnum):
     """Artifact formats."""
 
@@ -148,6 +170,7 @@ def _print_json(data: dict[str, Any]) -> None:
         "autocompress search --resume runs/digits-20260101-120000 --trials 200",
         "autocompress search my_task.py:task --budget 4MB --workers 4",
         "autocompress search my_task.py:task --budget 4MB --ray auto --cpus-per-trial 2",
+        "autocompress search my_task.py:task --budget 4MB --storage postgresql://me@host/db --join pets",
     )
 )
 def search(
@@ -211,6 +234,8 @@ def search(
     gpus_per_trial: GpusPerTrial = 0.0,
     max_concurrent: MaxConcurrent = None,
     latency_node: LatencyNode = None,
+    storage: Storage = None,
+    join: Join = None,
     data: DataDir = None,
     checkpoint: Checkpoint = None,
     as_json: Json = False,
@@ -221,10 +246,13 @@ def search(
     with --resume; Ctrl-C ends it after the trials in flight, twice at once.
     """
     from autocompress.baselines import read_baselines
+    from autocompress.join import on_storage
     from autocompress.report.write import write_report
     from autocompress.runners.base import Cluster
+    from autocompress.runners.board import hidden
+    from autocompress.runners.storage import Driver
     from autocompress.space import load_space
-    from autocompress.study import Settings, in_processes, on_ray, read_config
+    from autocompress.study import Settings, Study, in_processes, on_ray, read_config
     from autocompress.study import search as run_search
 
     given: dict[str, Any] = {
@@ -246,13 +274,18 @@ def search(
         "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
+    limit = math.inf if trial_timeout is None else parse_time(trial_timeout)
+    board = _board(storage, join, resume=resume is not None, ray=ray)
+    if board is not None and not board[1]:
+        _take_part(board[0], chosen, workers, as_json=as_json)
+        return
     if resume is not None and out_dir is not None and out_dir != resume:
         raise RunError("give either --resume or --out: a resumed run stays in its folder")
     settings = replace(read_config(resume)[0], **chosen) if resume else Settings(**({"task": "digits"} | chosen))
     insisted = load_space(space) if space is not None else None
     folder = resume or out_dir or _default_folder(settings)
     seconds = math.inf if timeout is None else parse_time(timeout)
-    command = shlex.join(["autocompress", *sys.argv[1:]])
+    command = hidden(shlex.join(["autocompress", *sys.argv[1:]]))
     wanted = (cpus_per_trial, gpus_per_trial, max_concurrent, latency_node)
     if ray is not None and workers > 1:
         raise RunError("give either --workers or --ray: a cluster's workers are as many as it has room for")
@@ -263,9 +296,11 @@ def search(
         )
     if ray is not None and trial_timeout is not None:
         raise RunError("--trial-timeout is about processes of this machine: leave it out with --ray")
-    limit = math.inf if trial_timeout is None else parse_time(trial_timeout)
     make_runner = in_processes(workers, limit) if ray is None else on_ray(Cluster(ray, *wanted))
-    with watching(err) as watch, _graceful() as interrupt:
+    driving: AbstractContextManager[object] = nullcontext()
+    if board is not None:
+        make_runner, driving = on_storage(board[0], workers, limit), Driver(board[0])
+    with watching(err) as watch, _graceful() as interrupt, driving:
         run_search(
             settings,
             folder,
@@ -277,11 +312,45 @@ def search(
             started=interrupt.arm,
             make_runner=make_runner,
         )
-        study = interrupt.study
-        if study is not None and not read_baselines(folder):
+        study = interrupt.running
+        if isinstance(study, Study) and not read_baselines(folder):
             _measure_uniform(study.evaluator, folder, watch, lambda: study.over)
     run = write_report(folder)
     _conclude(run, as_json=as_json)
+
+
+def _board(storage: str | None, join: str | None, *, resume: bool, ray: str | None) -> tuple[Board, bool] | None:
+    """The search to take part in, and whether to drive it; None without --join."""
+    if (storage is None) != (join is None) and not (join is None and "AUTOCOMPRESS_STORAGE" in os.environ):
+        raise RunError("--storage and --join go together: the database, and the name that the search has there")
+    if storage is None or join is None:
+        return None
+    if ray is not None:
+        raise RunError("give either --join or --ray: machines meet in a database or in a cluster")
+    from autocompress.join import meet
+    from autocompress.runners.board import Address
+
+    return meet(Address(storage, join), resume=resume)
+
+
+def _take_part(board: Board, chosen: dict[str, Any], workers: int, *, as_json: bool) -> None:
+    """Evaluate for a search that another process drives, until it ends or Ctrl-C."""
+    from autocompress.join import take_part
+
+    last = "", -math.inf
+
+    def say(text: str) -> None:
+        nonlocal last
+        status.update(escape(text))
+        if not err.is_terminal and text != last[0] and time.monotonic() - last[1] >= LOG_EVERY:
+            last = text, time.monotonic()
+            err.print(text, markup=False, soft_wrap=True)
+
+    with err.status("joining") as status, _graceful() as interrupt:
+        done = take_part(board, chosen, workers, say, interrupt.arm)
+    err.print(f"{board.address.name}: evaluated here: {done}", markup=False)
+    if as_json:
+        _print_json({"joined": board.address.name, "evaluated": done})
 
 
 def _measure_uniform(
@@ -382,20 +451,20 @@ def _conclude(run: Run, *, as_json: bool) -> None:
 
 
 class _Interrupt:
-    """What Ctrl-C does to a study: the first ends it after the trials in flight, the second at once."""
+    """What Ctrl-C does to a search, or to who takes part: first it ends after the trials in flight, then at once."""
 
     def __init__(self) -> None:
-        self.study: Study | None = None
+        self.running: Study | Crew | None = None
 
-    def arm(self, study: Study) -> None:
-        """From now on, Ctrl-C is about `study`."""
-        self.study = study
+    def arm(self, running: Study | Crew) -> None:
+        """From now on, Ctrl-C is about `running`."""
+        self.running = running
         signal.signal(signal.SIGINT, self._first)
 
     def _first(self, number: int, frame: object) -> None:  # noqa: ARG002
-        err.print("\nending after what is in flight, then the report is written; Ctrl-C again stops at once")
-        assert self.study is not None
-        self.study.stop()
+        err.print("\nending after what is in flight; Ctrl-C again stops at once")
+        assert self.running is not None
+        self.running.stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -43,7 +43,7 @@ from autocompress.flight import Flight
 from autocompress.front import Archive, Trial, close_neighbours, non_dominated, standard_error
 from autocompress.journal import FILE, Journal
 from autocompress.lessons import Lesson, keep_lessons, lessons_of, read_lessons
-from autocompress.measure.latency import Latency, RememberedTimes, alone
+from autocompress.measure.latency import Latency, RememberedTimes, alone, no_times
 from autocompress.measure.latency_table import LatencyTable, read_table
 from autocompress.policy import LayerChoice, Policy
 from autocompress.profile import Profile, measure, profile_key, with_groups
@@ -135,9 +135,15 @@ class Settings:
             checkpoint=Path(self.checkpoint) if self.checkpoint else None,
         )
 
-    def evaluator(self, dense_ms: float | None = None) -> Evaluator:
-        """What measures this run's candidates; `dense_ms` is what an earlier part of it measured."""
-        table = None if self.latency_table is None else read_table(Path(self.latency_table))
+    def evaluator(self, dense_ms: float | None = None, table: LatencyTable | None = None) -> Evaluator:
+        """What measures this run's candidates; `dense_ms` is what an earlier part of it measured.
+
+        `table` is what is in the file `latency_table`, where that is not here.
+        """
+        if self.latency_table is None:
+            table = None
+        elif table is None:
+            table = read_table(Path(self.latency_table))
         place = Place(self.threads, self.batch, table)
         return Evaluator(self.load_task(), seed=self.seed, format=self.format, place=place, dense_ms=dense_ms)
 
@@ -743,8 +749,9 @@ def artifact_name(number: int, suffix: str = ".acz") -> str:
 class Setup:
     """All that a worker needs to evaluate as the driver would: plain data, which travels. Calling it loads the task.
 
-    Workers of one machine measure latencies one at a time, and share what they measured in the folder `times`. A task
-    file that was `shipped` is in the working folder. `levels` are layers' solutions that another machine should get.
+    Workers of one machine measure latencies one at a time, and share what they measured in the folder `times`; `busy`
+    ones measure none. A task file that was `shipped` is in the working folder. `levels` are layers' solutions that
+    another machine should get.
     """
 
     settings: Settings
@@ -752,6 +759,7 @@ class Setup:
     precision: Precision | None = None
     table: LatencyTable | None = None
     times: Path | None = None
+    busy: bool = False
     shipped: bool = False
     levels: tuple[tuple[str, LayerChoice], ...] = ()
 
@@ -764,12 +772,12 @@ class Setup:
         settings = self.settings
         if self.shipped:
             settings = replace(settings, task=Path(settings.task).name)
-        evaluator = settings.evaluator(self.dense_ms)
+        evaluator = settings.evaluator(self.dense_ms, self.table)
         if self.precision is not None:
             evaluator.bench.precision = self.precision
         if self.table is not None and isinstance(evaluator.target, OnnxTarget):
             evaluator.target.use(self.table)
-        evaluator.target.times = RememberedTimes(self.times)
+        evaluator.target.times = no_times if self.busy else RememberedTimes(self.times)
         return evaluator
 
     def clock(self) -> Callable[[bytes], Latency]:
@@ -792,6 +800,11 @@ def _setup(settings: Settings, evaluator: Evaluator, folder: Path, profile: Prof
     return Setup(settings, evaluator.dense.latency_ms, precision, table, folder / ".times", levels=tuple(levels))
 
 
+def needs_clock(settings: Settings) -> bool:
+    """Whether latencies of this machine decide, which a busy worker cannot measure."""
+    return not settings.latency_table and any(Limit.parse(text).quantity == "ms" for text in settings.budgets)
+
+
 def on_ray(cluster: Cluster) -> MakeRunner:
     """Workers of a Ray cluster. Raises `RunError` where Ray is not installed."""
     if find_spec("ray") is None:
@@ -801,7 +814,7 @@ def on_ray(cluster: Cluster) -> MakeRunner:
         from autocompress.runners.ray_tune import RayRunner
 
         settings, where = setup.settings, Path(setup.settings.task.rpartition(":")[0])
-        timed = any(Limit.parse(text).quantity == "ms" for text in settings.budgets) and not settings.latency_table
+        timed = needs_clock(settings)
         if timed and (cluster.latency_node is None or settings.format != "onnx"):
             raise RunError(
                 "a latency that a busy worker measures means nothing: name the node where latencies count with "
@@ -890,7 +903,7 @@ def search(
         size = _size_of(evaluator)
         asked = _with_room(budget, settings)
         controller = make_controller(settings.controller, choices, asked, size, settings.seed, profile, times)
-        learned = cache_folder() / "recovery" / f"{_digest_of(_identity(evaluator))}.json"
+        learned = cache_folder() / "recovery" / f"{_digest_of(identity_of(evaluator))}.json"
         controller.recovery.earlier = _earlier_lessons(settings, learned, journal)
 
         with closing(make_runner(evaluator, _setup(settings, evaluator, folder, profile))) as runner:
@@ -944,7 +957,7 @@ def _check_free(folder: Path) -> None:
 
 def _describe(journal: Journal, folder: Path, evaluator: Evaluator, budget: Budget) -> None:
     """Write what the run is about; raise `RunError` if an earlier part was about another model."""
-    identity = _identity(evaluator)
+    identity = identity_of(evaluator)
     if journal.fact("identity") not in (None, identity):
         raise RunError(
             f"{folder} was searched with another model or data: its task {evaluator.task.name!r} now gives a different "
@@ -1033,7 +1046,7 @@ def _until(deadline: float, watch: Watch | None) -> Watch:
 def _profile(evaluator: Evaluator, space: Space, budget: Budget, journal: Journal, watch: Watch) -> Profile:
     """The profile of this run, of an earlier search of the same model and levels, or a new one, kept for later ones."""
     ships = {} if evaluator.format == "packed" else {"format": evaluator.format}  # levels take other bytes there
-    key = profile_key(space, {**_identity(evaluator), "seed": evaluator.seed, **ships})
+    key = profile_key(space, {**identity_of(evaluator), "seed": evaluator.seed, **ships})
     cached = cache_folder() / "profiles" / f"{key}.json"
     own = journal.fact("profile")
     known = (None if own is None else Profile.from_json(own), _read_profile(cached))
@@ -1071,7 +1084,7 @@ def _keep(save: Callable[[], object], what: str) -> None:
 
 def _set_precision(evaluator: Evaluator, journal: Journal) -> None:
     """Train in what the run began with: what is fastest here may be found otherwise another time."""
-    bench, known = evaluator.bench, journal.fact("precision", _precision)
+    bench, known = evaluator.bench, journal.fact("precision", precision_of)
     if known is not None:
         bench.precision = known
     elif bench.trainable:
@@ -1127,8 +1140,8 @@ def _refuse_too_slow(space: Space, evaluator: Evaluator, budget: Budget, setting
         )
 
 
-def _identity(evaluator: Evaluator) -> dict[str, Any]:
-    """What must not change between the parts of a run."""
+def identity_of(evaluator: Evaluator) -> dict[str, Any]:
+    """What must not change between the parts of a run, nor between those who take part in it."""
     task = evaluator.task
     return {
         "task": task.name,
@@ -1191,7 +1204,7 @@ def read_config(folder: Path) -> tuple[Settings, SpaceFile, dict[str, Any]]:
         values = dict(config["settings"])
         if unknown := set(values) - {field.name for field in fields(Settings)}:
             raise ValueError(f"it has the unknown setting {min(unknown)!r}")
-        settings = _SETTINGS.validate_json(json.dumps(values), strict=True)
+        settings = SETTINGS.validate_json(json.dumps(values), strict=True)
         return settings, SpaceFile.model_validate(config["space"]), _described(config)
     except (KeyError, TypeError, ValueError, AutocompressError) as error:
         raise RunError(f"{folder / CONFIG} is damaged: {error}") from None
@@ -1207,7 +1220,8 @@ def _described(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-_SETTINGS = TypeAdapter(Settings)
+SETTINGS = TypeAdapter(Settings)
+"""Reads settings from JSON."""
 
 
 def check_resumable(folder: Path, wanted: Settings, space: SpaceFile | None = None) -> SpaceFile:
@@ -1236,7 +1250,7 @@ def measuring(settings: Settings, folder: Path, *, timed: bool = True) -> Evalua
     Unless `timed`, the dense model's latency is not the run's: `settings` ask for another format.
     """
     with Journal.reading(folder) as journal:
-        known, dense = journal.fact("precision", _precision), journal.fact("dense", Measurement.from_json)
+        known, dense = journal.fact("precision", precision_of), journal.fact("dense", Measurement.from_json)
     evaluator = settings.evaluator(dense.latency_ms if timed and dense is not None else None)
     if known is not None:
         evaluator.bench.precision = known
@@ -1252,7 +1266,8 @@ def _dense_latency(folder: Path) -> float | None:
     return None if dense is None else float(dense.latency_ms)
 
 
-def _precision(data: Any) -> Precision:
+def precision_of(data: Any) -> Precision:
+    """What a journal or another machine says; raises `TypeError` or `ValueError` for what is none."""
     found = Precision(**data)
     if not all(isinstance(value, bool) for value in asdict(found).values()):
         raise ValueError(f"{data!r} is no precision")

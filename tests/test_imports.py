@@ -106,10 +106,10 @@ def test_arithmetic_and_bookkeeping_reach_no_torch(module: str) -> None:
     assert not {name for name in reached(f"autocompress.{module}") if name.split(".")[0] == "torch"}
 
 
-def test_only_the_samplers_and_the_export_know_optuna() -> None:
+def test_only_samplers_the_export_and_the_board_know_optuna() -> None:
     users = {m for m in MODULES if any(n.split(".")[0] == "optuna" for n in imports(m, everywhere=True))}
     samplers = {"autocompress.controllers.optuna_samplers", "autocompress.controllers.recovery"}
-    assert users == samplers | {"autocompress.optuna_export"}
+    assert users == samplers | {"autocompress.optuna_export", "autocompress.runners.board"}
 
 
 def test_only_the_coding_knows_the_coder() -> None:

@@ -146,6 +146,11 @@ Times = Callable[[Hashable, bytes, Callable[[], Latency]], Latency]
 """(what determines a latency, the file if there is one, how to measure it here) -> the latency."""
 
 
+def no_times(key: Hashable, content: bytes, measure: Callable[[], Latency]) -> Latency:  # noqa: ARG001
+    """Of a worker that is too busy to measure: NaN. See `Times`."""
+    return Latency(math.nan, math.nan, math.nan, 0)
+
+
 class RememberedTimes:
     """Equal kernels get equal numbers, so that a search does not choose by noise: each is measured once.
 

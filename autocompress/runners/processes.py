@@ -43,7 +43,7 @@ class ProcessRunner:
         if workers < 1:
             raise RunError(f"--workers is {workers}; it must be 1 or more")
         self._build, self.workers, self._limit = build, workers, limit
-        self._threads = max(1, _cores() // workers)
+        self._threads = max(1, cores() // workers)
         self._idle: list[_Worker] = []
         self._busy: dict[Connection, tuple[_Worker, Job]] = {}
         self._failed = 0
@@ -142,7 +142,7 @@ class _Worker:
         self.pipe, theirs = context.Pipe()
         self.ready, self.since = False, math.inf
         self.process = context.Process(target=_serve, args=(build, theirs, threads), daemon=True)
-        with _environment(threads):
+        with numeric_threads(threads):
             self.process.start()
         theirs.close()  # or its end would not be noticed
 
@@ -153,7 +153,7 @@ class _Worker:
         self.pipe.close()
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores that this process may use, and no more than the user allows it threads."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     allowed = os.environ.get("OMP_NUM_THREADS", "")
@@ -161,7 +161,7 @@ def _cores() -> int:
 
 
 @contextlib.contextmanager
-def _environment(threads: int) -> Iterator[None]:
+def numeric_threads(threads: int) -> Iterator[None]:
     """What a new process must find before it imports numerical libraries."""
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(_THREADS, str(threads)))
@@ -185,7 +185,7 @@ def _serve(build: Build, pipe: Connection, threads: int) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=follow_parent, daemon=True).start()
     torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, OSError):  # the driver is gone, or needs nothing more
         try:
@@ -207,7 +207,7 @@ def _serve(build: Build, pipe: Connection, threads: int) -> None:
             pipe.send(("done", evaluation.to_json()))
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """A process whose driver was killed ends too, in the middle of a training if need be."""
     parent = processes.parent_process()
     if parent is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from fakes import FakeEvaluator, Killed, broken_worker, fake_worker, make_space
 from autocompress.errors import AutocompressError
 from autocompress.evaluate import Evaluate, Job
 from autocompress.runners.base import Cluster, Runner
+from autocompress.runners.board import Address
 from autocompress.runners.local import LocalRunner
 from autocompress.runners.processes import ProcessRunner
+from autocompress.runners.storage import StorageRunner
 
 Make = Callable[..., Runner]
 TESTS = Path(fakes.__file__).parent
@@ -39,9 +43,33 @@ def on_ray(workers: int, build: Callable[[], Evaluate] = fake_worker) -> Runner:
     return RayRunner(build, Cluster(os.environ["RAY_ADDRESS"], max_concurrent=workers), code=TESTS)
 
 
-RUNNERS: dict[str, Make] = {"local": local, "processes": spawned, "ray": on_ray}
+NOTES = Path(tempfile.gettempdir()) / f"autocompress-notes-{os.getpid()}"
+"""Names the folder with notes to workers that are not told where an artifact will lie."""
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Builds what `build` does, in a process that finds the notes to it."""
+
+    build: Callable[[], Evaluate]
+    notes: Path
+
+    def __call__(self) -> Evaluate:
+        fakes.NOTES = self.notes
+        return self.build()
+
+
+def on_storage(workers: int, build: Callable[[], Evaluate] = fake_worker) -> Runner:
+    folder = Path(tempfile.mkdtemp())
+    board = Address(f"sqlite:///{folder}/meet.db", "conformance").create()
+    assert board is not None
+    return StorageRunner(board, Noted(build, NOTES), workers)
+
+
+RUNNERS: dict[str, Make] = {"local": local, "processes": spawned, "storage": on_storage, "ray": on_ray}
 SLOW = [
     pytest.param("processes", marks=pytest.mark.slow),
+    pytest.param("storage", marks=pytest.mark.slow),
     pytest.param("ray", marks=[pytest.mark.slow, needs_ray, pytest.mark.filterwarnings("ignore")]),
 ]
 
@@ -62,12 +90,14 @@ def runners() -> Iterator[Callable[..., Runner]]:
     yield get
     for runner in made.values():
         runner.close()
+    NOTES.unlink(missing_ok=True)
 
 
 @pytest.fixture(params=["local", *SLOW])
 def make(request: pytest.FixtureRequest, runners: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch) -> Make:
     """A runner with a number of workers."""
 
+    NOTES.unlink(missing_ok=True)
     if request.param == "ray":
         monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue("cluster").address)
 
@@ -88,6 +118,7 @@ def some_jobs(folder: Path | None = None, count: int = 6) -> list[Job]:
 def told(folder: Path, number: int, what: str) -> None:
     """What the worker does to itself when it evaluates this job."""
     (folder / f"do-{number}").write_text(what)
+    NOTES.write_text(str(folder))
 
 
 def test_every_job_is_a_result_once_and_as_if_evaluated_here(make: Make) -> None:
