@@ -61,7 +61,7 @@ KILLS = 100
 DRIVERS_SHARE = 0.3
 """Share of the kills that end the driver."""
 DRIVEN_WORKERS = 2
-PAUSE = 0.02
+PAUSE = 0.2
 """Seconds of an evaluation that may be killed."""
 STARTING = 300.0
 """Seconds within which a driver makes progress, even on a very busy machine."""
