@@ -1,8 +1,11 @@
-"""Puts tensors of any shape into a module in place. Knows nothing about why."""
+"""Puts tensors of any shape into a module, for good or for a while. Knows nothing about why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,15 +30,50 @@ def install(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             continue
         beside = present if isinstance(present, Tensor) else next(module.parameters(recurse=False))
         own = value.detach().clone().to(beside.device, beside.dtype)
-        if key in module._buffers:
-            module._buffers[key] = own
-        else:
-            trains = beside.requires_grad and own.is_floating_point()
-            module._parameters[key] = nn.Parameter(own, requires_grad=trains)
-        if key in ("weight", "running_mean"):
-            _resize(module.original if isinstance(module, Removed) else module, value)
-            if isinstance(module, Removed) != _is_beyond_kernels(module, value):
-                _exchange(model, module)
+        trains = beside.requires_grad and own.is_floating_point()
+        _put(model, module, key, own if key in module._buffers else nn.Parameter(own, requires_grad=trains))
+
+
+def _put(model: nn.Module, module: nn.Module, key: str, value: Tensor | None) -> None:
+    """Make `value` the tensor that `module` of `model` has under `key`, and the module's sizes agree with it."""
+    tensors: dict[str, Any] = module._buffers if key in module._buffers else module._parameters
+    before, tensors[key] = tensors.get(key), value
+    if value is None or (before is not None and before.shape == value.shape):
+        return
+    if key in ("weight", "running_mean"):
+        _resize(module.original if isinstance(module, Removed) else module, value)
+        if isinstance(module, Removed) != _is_beyond_kernels(module, value):
+            _exchange(model, module)
+
+
+def shadow(model: nn.Module) -> nn.Module:
+    """A copy of the modules that has the very tensors of `model`: whoever writes into one writes into both."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+
+
+@contextmanager
+def lent(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, each named parameter or buffer of `model` is the given tensor itself, under every name it has.
+
+    Afterwards all are what they were; none is ever written to.
+    """
+    holders: dict[int, list[tuple[str, str]]] = {}
+    for owner, module in model.named_modules() if values else ():
+        for key, tensor in chain(module._parameters.items(), module._buffers.items()):
+            holders.setdefault(id(tensor), []).append((owner, key))
+    before: list[tuple[str, str, Tensor | None]] = []
+    try:
+        for name, value in values.items():
+            owner, _, key = name.rpartition(".")
+            present = getattr(model.get_submodule(owner), key)
+            for own, held in [(owner, key)] if present is None else holders[id(present)]:
+                before.append((own, held, present))
+                module = model.get_submodule(own)
+                _put(model, module, held, value if held in module._buffers else nn.Parameter(value, False))
+        yield
+    finally:
+        for own, held, present in reversed(before):
+            _put(model, model.get_submodule(own), held, present)
 
 
 class Removed(nn.Module):
@@ -164,7 +202,7 @@ def fold_scale(state: Mapping[str, Tensor], layer: Layer, eps: float) -> tuple[T
     """The factor per output channel and the bias that make `layer` do what its batch norm did after it.
 
     y = (w x + b - mean) gamma / sqrt(var + eps) + beta (Ioffe and Szegedy 2015, section 3.1, at inference).
-    Both results have shape (out,), computed in float64.
+    Both results have shape (out,) and are float64.
     """
     norm = layer.batch_norm
     mean, var = state[f"{norm}.running_mean"].double(), state[f"{norm}.running_var"].double()
@@ -172,4 +210,4 @@ def fold_scale(state: Mapping[str, Tensor], layer: Layer, eps: float) -> tuple[T
     beta = state[f"{norm}.bias"].double() if f"{norm}.bias" in state else torch.zeros_like(mean)
     bias = state[layer.bias].double() if layer.bias in state else torch.zeros_like(mean)
     scale = gamma / (var + eps).sqrt()
-    return scale.float(), ((bias - mean) * scale + beta).float()
+    return scale, (bias - mean) * scale + beta

@@ -12,9 +12,11 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 import torch_pruning
@@ -22,7 +24,8 @@ from torch import Tensor, nn
 
 from autocompress.errors import TaskError
 from autocompress.graph import Graph, Group, Layer, Member
-from autocompress.surgery import fold_scale, install, tensors_of, without
+from autocompress.precise import Doubles
+from autocompress.surgery import fold_scale, lent, shadow, tensors_of, without
 from autocompress.task import call, few, first_input, length, mapped, tensors
 
 COMPRESSIBLE: dict[type[nn.Module], str] = {
@@ -35,35 +38,83 @@ COMPRESSIBLE: dict[type[nn.Module], str] = {
 _KINDS: tuple[type[nn.Module], ...] = tuple(COMPRESSIBLE)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _PER_CHANNEL = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_VARIES = 1e-8  # of an output's power: with less, rounding takes part
 _TOLERANCE = 1e-3  # of the output's power; float32 noise is about 1e-6, a wrong channel about 1
 
 
 def trace(model: nn.Module, inputs: Any, examples: int = 4) -> Graph:
     """The graph of `model` (in evaluation mode) on the first `examples` of a batch's `inputs`.
 
+    Holds a few of the model's tensors beside it, never a second model, as far as `Doubles` bears the model.
     Raises `TaskError` if nothing in the model can be compressed.
     """
-    model = copy.deepcopy(model).eval()
+    model = shadow(model).eval()
     inputs = few(model, inputs, examples)
     calls = _observe(model, inputs)
-    layers = tuple(_layer(name, module, model, calls, length(inputs)) for name, module in _compressible(model))
+    layers = _layers(model, calls, length(inputs))
     if not layers:
         raise TaskError("the model has no Conv1d/2d/3d, Linear or Embedding weight, so there is nothing to compress")
-    exact, exact_inputs = _in_double(model, inputs)
-    layers = _verified_folds(exact, exact_inputs, layers)
-    groups, notes = _groups(exact, exact_inputs, calls)
+    subject = _subject(model, inputs)
+    layers = _verified_folds(subject, layers)
+    groups, notes = _groups(model, inputs, subject, calls)
     left = (*_computed_weights(model), *_other_weights(model, layers))
     return Graph(layers, groups, tensors_of(model), _dense_bytes(model), (*left, *notes))
 
 
-def _in_double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
-    """Model and inputs in double precision, where a wrong channel cannot hide in rounding; as given if that fails."""
-    exact, wide = copy.deepcopy(model).double(), mapped(inputs, lambda t: t.double() if t.is_floating_point() else t)
+# --- trials ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """A model to try things on: `values` take the place of its tensors for one run."""
+
+    model: nn.Module
+    inputs: Any
+    lean: bool
+    """Whether every operation computes in double precision on the fly; if not, as the model's tensors are."""
+
+    def outputs(self, values: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        with torch.no_grad(), lent(self.model, values or {}), Doubles() if self.lean else nullcontext():
+            return [t.double() for t in tensors(call(self.model, self.inputs))]
+
+    @cached_property
+    def dense(self) -> list[Tensor]:
+        """Outputs of the model as it is."""
+        return self.outputs()
+
+    @cached_property
+    def state(self) -> Mapping[str, Tensor]:
+        """The model's tensors themselves."""
+        return self.model.state_dict()
+
+
+def _subject(model: nn.Module, inputs: Any) -> _Subject:
+    """`model` in double precision, where a wrong channel cannot hide in rounding; as given if it does not bear that."""
+    wide = mapped(inputs, lambda t: t.double() if t.is_floating_point() else t)
+    lean = _Subject(model, wide, lean=True)
+    if _runs(lean):
+        return lean
+    whole = _Subject(copy.deepcopy(model).double(), wide, lean=False)
+    return whole if _runs(whole) else _Subject(model, inputs, lean=False)
+
+
+def _runs(subject: _Subject) -> bool:
     try:
-        _run(exact, wide)
-        return exact, wide
+        subject.dense  # noqa: B018 - computed here
     except Exception:  # the model's code insists on its own precision
-        return model, inputs
+        return False
+    return True
+
+
+Item = TypeVar("Item")
+
+
+def _passing(items: Sequence[Item], passes: Callable[[Sequence[Item]], bool]) -> list[Item]:
+    """The items that pass: all at once if they do together, else those of either half."""
+    if not items or passes(items):
+        return list(items)
+    middle = len(items) // 2
+    return [*_passing(items[:middle], passes), *_passing(items[middle:], passes)] if middle else []
 
 
 # --- layers ---------------------------------------------------------------------------------------------
@@ -137,7 +188,19 @@ def _observe(model: nn.Module, inputs: Any) -> _Calls:
     return calls
 
 
-def _layer(name: str, module: nn.Module, model: nn.Module, calls: _Calls, examples: int) -> Layer:
+def _layers(model: nn.Module, calls: _Calls, examples: int) -> tuple[Layer, ...]:
+    outputs = Counter[int]()  # values that each weight gave, over all modules that share it
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding):  # looking up is not multiplying
+            outputs[id(module._parameters.get("weight"))] += calls.outputs[name]
+    return tuple(
+        _layer(name, module, model, calls, outputs[id(module.weight)] // max(1, examples))
+        for name, module in _compressible(model)
+    )
+
+
+def _layer(name: str, module: nn.Module, model: nn.Module, calls: _Calls, outputs: int) -> Layer:
+    """`outputs` is how many values the layer's weight gives for one input."""
     kind = next(kind for cls, kind in COMPRESSIBLE.items() if isinstance(module, cls))
     weight = module._parameters["weight"]
     assert weight is not None
@@ -151,36 +214,24 @@ def _layer(name: str, module: nn.Module, model: nn.Module, calls: _Calls, exampl
         kind,
         shape,
         getattr(module, "groups", 1),
-        _positions(model, weight, calls, examples),
+        outputs // shape[0],
         getattr(module, "bias", None) is not None,
         norms[0] if alone else None,
     )
 
 
-def _positions(model: nn.Module, weight: Tensor, calls: _Calls, examples: int) -> int:
-    """How often `weight` is multiplied for one input, over all modules that share it; looking up is not multiplying."""
-    outputs = sum(
-        calls.outputs[name]
-        for name, module in model.named_modules()
-        if module._parameters.get("weight") is weight and not isinstance(module, nn.Embedding)
-    )
-    return outputs // (max(1, examples) * weight.shape[0])
-
-
-def _verified_folds(model: nn.Module, inputs: Any, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+def _verified_folds(subject: _Subject, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     """Drop each batch norm whose folding changes the outputs: its layer's output is used elsewhere too."""
     shared = Counter(layer.batch_norm for layer in layers)
     layers = tuple(replace(x, batch_norm=x.batch_norm if shared[x.batch_norm] == 1 else None) for x in layers)
     candidates = [layer for layer in layers if layer.batch_norm]
-    if not candidates or _fold_is_exact(model, inputs, candidates):
-        return layers
-    good = {layer.name for layer in candidates if _fold_is_exact(model, inputs, [layer])}
+    good = {layer.name for layer in _passing(candidates, lambda some: _fold_is_exact(subject, some))}
     return tuple(layer if layer.name in good else replace(layer, batch_norm=None) for layer in layers)
 
 
-def _fold_is_exact(model: nn.Module, inputs: Any, layers: list[Layer]) -> bool:
-    folded = copy.deepcopy(model)
-    state = folded.state_dict()
+def _fold_is_exact(subject: _Subject, layers: Sequence[Layer]) -> bool:
+    folded, state = shadow(subject.model), subject.state
+    values: dict[str, Tensor] = {}
     for layer in layers:
         assert layer.batch_norm is not None
         norm = folded.get_submodule(layer.batch_norm)
@@ -188,10 +239,10 @@ def _fold_is_exact(model: nn.Module, inputs: Any, layers: list[Layer]) -> bool:
             return False
         scale, bias = fold_scale(state, layer, norm.eps)  # type: ignore[arg-type]
         weight = state[layer.weight] * scale.reshape(-1, *[1] * (len(layer.shape) - 1))
-        install(folded, {layer.weight: weight, layer.bias: bias})
+        values |= {layer.weight: weight, layer.bias: bias}
     without(folded, [layer.batch_norm for layer in layers if layer.batch_norm])
     try:
-        return _distance(_run(folded, inputs), _run(model, inputs)) < _TOLERANCE
+        return _distance(replace(subject, model=folded).outputs(values), subject.dense) < _TOLERANCE
     except Exception:  # the model asks its norm for more than a call
         return False
 
@@ -199,26 +250,28 @@ def _fold_is_exact(model: nn.Module, inputs: Any, layers: list[Layer]) -> bool:
 # --- coupling groups ------------------------------------------------------------------------------------
 
 
-def _groups(model: nn.Module, inputs: Any, calls: _Calls) -> tuple[tuple[Group, ...], tuple[str, ...]]:
+def _groups(
+    model: nn.Module, inputs: Any, subject: _Subject, calls: _Calls
+) -> tuple[tuple[Group, ...], tuple[str, ...]]:
     """All channel groups, frozen ones included, and notes about what could not be traced."""
     names = {id(module): name for name, module in model.named_modules()}
     try:
-        groups = [_describe(group, names) for group in _dependency_groups(model, inputs)]
+        traced, nodes = _dependency_groups(model, inputs)
+        groups = [_describe(group, names) for group in traced]
     except Exception as error:  # any model may be beyond the tracer; compression of weights still works
         first = str(error).splitlines()[0] if str(error) else ""
         return (), (f"no channels can be pruned: the dependency tracer failed ({type(error).__name__}: {first})",)
     if not groups:
         return (), ("no channels can be pruned: the outputs are detached from the weights, so nothing can be traced",)
-    owners = Counter((m.tensor, m.dim, i) for g in groups for m in g.members for c in m.index for i in c)
-    checked = []
-    for group in groups:
-        reason = group.frozen or _conflict(group, model, calls, owners)
-        checked.append(replace(group, frozen=reason or _trial(model, inputs, group)))
-    return _with_removable(model, inputs, checked), ()
+    groups = _without_conflicts(groups, model, calls)
+    reasons = _reasons(subject, [group for group in groups if not group.frozen])
+    groups = [replace(group, frozen=group.frozen or reasons.get(group.name, "")) for group in groups]
+    going = _removable(subject, [g for g in groups if not g.frozen and _may_go(g, subject, nodes)])
+    return tuple(replace(group, removable=group.name in going) for group in groups), ()
 
 
-def _dependency_groups(model: nn.Module, inputs: Any) -> Any:
-    """Torch-Pruning's groups, rooted at the layers that produce channels."""
+def _dependency_groups(model: nn.Module, inputs: Any) -> tuple[list[Any], list[Any]]:
+    """Torch-Pruning's groups, rooted at the layers that produce channels, and the nodes of its graph."""
     positional = (
         inputs if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     )
@@ -229,10 +282,10 @@ def _dependency_groups(model: nn.Module, inputs: Any) -> Any:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             if not any(output.requires_grad for output in tensors(call(model, inputs))):
-                return []
+                return [], []
             graph = torch_pruning.DependencyGraph()
             graph.build_dependency(model, positional, output_transform=tensors, verbose=False)
-            return list(graph.get_all_groups())
+            return list(graph.get_all_groups()), list(graph.module2node.values())
     finally:
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -286,23 +339,35 @@ def _dimensions(name: str, module: nn.Module, is_input: bool) -> list[tuple[str,
     return own
 
 
-def _conflict(group: Group, model: nn.Module, calls: _Calls, owners: Counter[tuple[str, int, int]]) -> str:
-    """Why `group` cannot be pruned, as far as that shows without running it."""
+def _without_conflicts(groups: Sequence[Group], model: nn.Module, calls: _Calls) -> list[Group]:
+    """The groups, frozen where that shows without running the model."""
+    owners = Counter((m.tensor, m.dim, i) for g in groups for m in g.members for c in m.index for i in c)
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    tensors_ = model.state_dict(keep_vars=True)
+    shared = {name for name, value in tensors_.items() if isinstance(value, nn.Parameter) and uses[id(value)] > 1}
+    sizes = {name: value.shape for name, value in tensors_.items() if isinstance(value, Tensor)}
+    return [replace(g, frozen=g.frozen or _conflict(g, sizes, shared, calls, owners)) for g in groups]
+
+
+def _conflict(
+    group: Group,
+    sizes: Mapping[str, torch.Size],
+    shared: set[str],
+    calls: _Calls,
+    owners: Counter[tuple[str, int, int]],
+) -> str:
+    """Why `group` cannot be pruned. `sizes` of all tensors, which are `shared`, how many groups each channel has."""
     if group.channels < 2:
         return "it has a single channel"
     if not group.consumers:
         return "no layer reads its channels: they are the model's output"
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    state = model.state_dict()
     for member in group.members:
-        if member.tensor not in state:
+        if member.tensor not in sizes:
             return f"{member.tensor} is computed, not stored"
-        owner, _, key = member.tensor.rpartition(".")
-        module = model.get_submodule(owner)
-        value = getattr(module, key)
-        if max(i for c in member.index for i in c) >= state[member.tensor].shape[member.dim]:
+        owner = member.tensor.rpartition(".")[0]
+        if max(i for c in member.index for i in c) >= sizes[member.tensor][member.dim]:
             return f"its channels do not map onto {member.tensor}"
-        if isinstance(value, nn.Parameter) and uses[id(value)] > 1:
+        if member.tensor in shared:
             return f"{member.tensor} is shared with another layer"
         if calls.count[owner] > 1:
             return f"{owner} is used {calls.count[owner]} times in one forward pass"
@@ -311,7 +376,52 @@ def _conflict(group: Group, model: nn.Module, calls: _Calls, owners: Counter[tup
     return ""
 
 
-def _trial(model: nn.Module, inputs: Any, group: Group) -> str:
+def _reasons(subject: _Subject, groups: Sequence[Group]) -> dict[str, str]:
+    """Why groups cannot be pruned, by name, after trying.
+
+    All at once first: a model of hundreds of layers runs a few times then, in place of twice for each.
+    """
+    if not groups or (len(groups) > 1 and _together(subject, groups)):
+        return {}
+    if len(groups) == 1:
+        return {groups[0].name: _trial(subject, groups[0])}
+    middle = len(groups) // 2
+    return _reasons(subject, groups[:middle]) | _reasons(subject, groups[middle:])
+
+
+def _together(subject: _Subject, groups: Sequence[Group]) -> bool:
+    """Whether removing a few channels of each group at once equals the dense model with all of those unread.
+
+    Each group loses other channels, and another number of them: groups that are coupled unknown to the tracer do not
+    agree by chance then. Of no use where the outputs are all but constant without these channels.
+    """
+    generator = torch.Generator().manual_seed(len(groups))
+    for _ in range(1 if min(group.channels for group in groups) >= 16 else 3):
+        dropped = [_some(group.channels, generator) for group in groups]
+        expected = subject.outputs(_silenced(subject.state, groups, dropped))
+        if not _vary(expected, subject.dense) or _removed(subject, groups, dropped, expected):
+            return False
+    return True
+
+
+def _some(channels: int, generator: torch.Generator) -> Tensor:
+    """One to an eighth of the channels."""
+    count = int(torch.randint(1, max(2, channels // 8 + 1), (), generator=generator))
+    return torch.randperm(channels, generator=generator)[:count]
+
+
+def _vary(outputs: Sequence[Tensor], dense: Sequence[Tensor]) -> bool:
+    """Whether each output still tells the examples apart well above rounding, if the dense one does."""
+
+    def share(values: Sequence[Tensor]) -> list[float]:
+        return [
+            a / max(float(torch.nan_to_num(y).norm()), 1e-300) for a, y in zip(_spreads(values), values, strict=True)
+        ]
+
+    return all(a > _VARIES for a, b in zip(share(outputs), share(dense), strict=True) if b > _VARIES)
+
+
+def _trial(subject: _Subject, group: Group) -> str:
     """Remove half of the channels at random; empty if that equals the dense model with those channels unread.
 
     Small groups are tried several times: a random half of few channels can respect a coupling by chance.
@@ -319,67 +429,109 @@ def _trial(model: nn.Module, inputs: Any, group: Group) -> str:
     generator = torch.Generator().manual_seed(group.channels)
     for _ in range(1 if group.channels >= 16 else 3):
         dropped = torch.randperm(group.channels, generator=generator)[: group.channels // 2]
-        reason = _remove(model, inputs, group, dropped)
+        reason = _removed(subject, [group], [dropped])
         if reason:
             return reason
     return ""
 
 
-def _with_removable(model: nn.Module, inputs: Any, groups: list[Group]) -> tuple[Group, ...]:
-    """Say of each group whether it can go as a whole, beside all others of which that was said before.
+# --- groups that can go as a whole ----------------------------------------------------------------------
+
+
+def _may_go(group: Group, subject: _Subject, nodes: Sequence[Any]) -> bool:
+    """Whether the group's readers read nothing else, and a path around them leads through the model.
+
+    `nodes` are Torch-Pruning's. Where all paths go through the readers the outputs would be constant.
+    """
+    owners = [subject.model.get_submodule(m.tensor.rpartition(".")[0]) for m in group.members]
+    if any(isinstance(owner, nn.Embedding) for owner in owners):
+        return False
+    if any(sum(map(len, m.index)) != subject.state[m.tensor].shape[1] for m in group.consumers):
+        return False
+    readers = {id(subject.model.get_submodule(m.tensor.rpartition(".")[0])) for m in group.consumers}
+    return _leads_through(nodes, readers)
+
+
+def _leads_through(nodes: Sequence[Any], closed: set[int]) -> bool:
+    """Whether a path from the model's inputs to its outputs avoids the modules with `closed` ids."""
+    waiting = [node for node in nodes if id(node.module) not in closed and _reads_inputs(node)]
+    seen = {id(node) for node in waiting}
+    while waiting:
+        node = waiting.pop()
+        if not node.outputs:
+            return True
+        following = [n for n in node.outputs if id(n) not in seen and id(n.module) not in closed]
+        seen |= {id(n) for n in following}
+        waiting += following
+    return False
+
+
+def _reads_inputs(node: Any) -> bool:
+    """Whether a node of Torch-Pruning's graph may read the model's inputs, to which no gradient flows.
+
+    That is a layer before which there are none but transposed weights, or an operation that gets something else beside
+    what has gradients.
+    """
+    if _is_operation(node):
+        return any(source is None for source, _ in node.grad_fn.next_functions)
+    return all(_is_operation(n) and not n.inputs and not _reads_inputs(n) for n in node.inputs)
+
+
+def _is_operation(node: Any) -> bool:
+    return type(node.module).__module__.startswith("torch_pruning")
+
+
+def _removable(subject: _Subject, groups: Sequence[Group]) -> set[str]:
+    """Names of the groups that can go as a whole, all of them together.
 
     The outputs must go on telling the inputs apart, so two branches that are all there is do not both go.
     """
-    silent, result = copy.deepcopy(model), []
-    dense = _spreads(_run(model, inputs))
-    for group in groups:
-        if not group.frozen and _reads_alone(model, group):
-            trial = copy.deepcopy(silent)
-            install(trial, _silenced(trial.state_dict(), group, torch.arange(group.channels)))
-            tells = all(a > _TOLERANCE * b for a, b in zip(_spreads(_run(trial, inputs)), dense, strict=True) if b > 0)
-            if tells and any(dense) and not _remove(model, inputs, group, torch.arange(group.channels)):
-                silent, group = trial, replace(group, removable=True)
-        result.append(group)
-    return tuple(result)
+    going: list[Group] = []
+    dense = _spreads(subject.dense)
+
+    def goes(some: Sequence[Group]) -> bool:
+        every = [*going, *some]
+        left = _spreads(subject.outputs(_silenced(subject.state, every, [torch.arange(g.channels) for g in every])))
+        if not any(dense) or not all(a > _TOLERANCE * b for a, b in zip(left, dense, strict=True) if b > 0):
+            return False
+        if _removed(subject, some, [torch.arange(group.channels) for group in some]):
+            return False
+        going.extend(some)
+        return True
+
+    return {group.name for group in _passing(groups, goes)}
 
 
-def _reads_alone(model: nn.Module, group: Group) -> bool:
-    """Whether the group's layers are convolutions and linear layers whose readers read nothing but the group."""
-    owners = [model.get_submodule(m.tensor.rpartition(".")[0]) for m in group.members]
-    if any(isinstance(owner, nn.Embedding) for owner in owners):
-        return False
-    sizes = model.state_dict()
-    return all(sum(map(len, m.index)) == sizes[m.tensor].shape[1] for m in group.consumers)
-
-
-def _spreads(outputs: list[Tensor]) -> list[float]:
+def _spreads(outputs: Sequence[Tensor]) -> list[float]:
     """How far apart the examples' outputs are, of each output."""
     finite = [torch.nan_to_num(y, nan=0.0, posinf=0.0, neginf=0.0) for y in outputs]
     return [float((y - y.mean(dim=0)).norm()) if y.ndim and y.numel() else 0.0 for y in finite]
 
 
-def _silenced(state: Mapping[str, Tensor], group: Group, dropped: Tensor) -> dict[str, Tensor]:
-    """The readers' weights without what they take from the `dropped` channels."""
+def _silenced(state: Mapping[str, Tensor], groups: Sequence[Group], dropped: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The readers' weights without what they take from the `dropped` channels of each group."""
     silenced: dict[str, Tensor] = {}
-    for member in group.consumers:
-        gone = torch.tensor(member.index)[dropped].flatten()
-        silenced[member.tensor] = silenced.get(member.tensor, state[member.tensor]).index_fill(1, gone, 0.0)
+    for group, channels in zip(groups, dropped, strict=True):
+        for member in group.consumers:
+            gone = torch.tensor(member.index)[channels].flatten()
+            silenced[member.tensor] = silenced.get(member.tensor, state[member.tensor]).index_fill(1, gone, 0.0)
     return silenced
 
 
-def _remove(model: nn.Module, inputs: Any, group: Group, dropped: Tensor) -> str:
-    state = model.state_dict()
-    pruned: dict[str, Tensor] = {}
-    for member in group.members:
-        source = pruned.get(member.tensor, state[member.tensor])
-        gone = torch.tensor(member.index)[dropped].flatten()
-        pruned[member.tensor] = source.index_select(member.dim, _complement(source.shape[member.dim], gone))
-    small, reference = copy.deepcopy(model), copy.deepcopy(model)
-    install(reference, _silenced(state, group, dropped))
-    expected = _run(reference, inputs)
+def _removed(
+    subject: _Subject,
+    groups: Sequence[Group],
+    dropped: Sequence[Tensor],
+    expected: list[Tensor] | None = None,
+) -> str:
+    """Why the model does without the `dropped` channels of each group as if nothing read them, or nothing.
+
+    `expected` are the outputs when nothing reads them, if they are known.
+    """
+    if expected is None:
+        expected = subject.outputs(_silenced(subject.state, groups, dropped))
     try:
-        install(small, pruned)
-        found = _run(small, inputs)
+        found = subject.outputs(_narrowed(subject.state, groups, dropped))
     except Exception as error:  # a size is written down in the model's code
         said = (str(error).splitlines() or [type(error).__name__])[0]
         return f"the model breaks when they are removed ({said[:120]})"
@@ -389,15 +541,23 @@ def _remove(model: nn.Module, inputs: Any, group: Group, dropped: Tensor) -> str
     return "" if distance < _TOLERANCE else f"the model uses them elsewhere too (outputs move by {distance:.1%})"
 
 
+def _narrowed(state: Mapping[str, Tensor], groups: Sequence[Group], dropped: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The tensors that lose the `dropped` channels of each group."""
+    gone: dict[tuple[str, int], list[Tensor]] = {}
+    for group, channels in zip(groups, dropped, strict=True):
+        for member in group.members:
+            gone.setdefault((member.tensor, member.dim), []).append(torch.tensor(member.index)[channels].flatten())
+    narrowed: dict[str, Tensor] = {}
+    for (name, dim), channels_ in gone.items():
+        source = narrowed.get(name, state[name])
+        narrowed[name] = source.index_select(dim, _complement(source.shape[dim], torch.cat(channels_)))
+    return narrowed
+
+
 def _complement(size: int, removed: Tensor) -> Tensor:
     stays = torch.ones(size, dtype=torch.bool)
     stays[removed.flatten()] = False
     return stays.nonzero().flatten()
-
-
-def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with torch.no_grad():
-        return [t.double() for t in tensors(call(model, inputs))]
 
 
 def _distance(found: list[Tensor], expected: list[Tensor]) -> float:

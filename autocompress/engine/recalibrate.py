@@ -96,7 +96,7 @@ def constant(layer: Layer, state: Mapping[str, Tensor], mean: Tensor, eps: Mappi
         return {} if bias is None else {layer.bias: bias + mean}
     found = {f"{norm}.running_mean": torch.zeros_like(mean)} | ({} if bias is None else {layer.bias: bias * 0})
     if f"{norm}.bias" in state:
-        scale, offset = fold_scale(state, layer, eps[norm])
+        scale, offset = (value.float() for value in fold_scale(state, layer, eps[norm]))
         found[f"{norm}.bias"] = scale * mean + offset
     return found
 
@@ -109,7 +109,10 @@ def fold(
     If the policy folds, each batch norm that follows a layer alone disappears into that layer's scales and bias.
     `state` holds the compressed model's tensors, `eps` each norm's epsilon.
     """
-    folds = {layer.name: fold_scale(state, layer, eps[norm]) for norm, layer in graph.folded(policy).items()}
+    folds = {
+        layer.name: [value.float() for value in fold_scale(state, layer, eps[norm])]
+        for norm, layer in graph.folded(policy).items()
+    }
     result: dict[str, Stored] = {}
     for name in graph.contents(policy):
         owner, _, key = name.rpartition(".")
