@@ -20,11 +20,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One compressible weight: Conv1d/2d/3d, Linear or Embedding.
+    """One compressible weight: that of a Conv1d/2d/3d, Linear or Embedding, or a matrix of a recurrent module.
 
-    `shape` is the weight's, output channels first. `positions` is how often the weight is applied for one
-    input (output pixels; 0 for an embedding, which multiplies nothing). `batch_norm` names the module that
-    normalises this layer's output and nothing else, so that it can be folded into the weight.
+    A recurrent module (GRU, LSTM, RNN or a cell) holds several matrices. Each is a layer of the kind `recurrent`, named
+    as its parameter; all other layers are named as their module. `shape` is the weight's, output channels first.
+    `positions` is how often the weight is applied for one input (output pixels, steps; 0 for an embedding, which
+    multiplies nothing). `batch_norm` names the module that normalises this layer's output and nothing else, so that it
+    can be folded into the weight.
     """
 
     name: str
@@ -36,9 +38,21 @@ class Layer:
     batch_norm: str | None = None
 
     @property
+    def module(self) -> str:
+        """The name of the module that holds the weight."""
+        return self.name.rpartition(".")[0] if self.kind == "recurrent" else self.name
+
+    @property
     def weight(self) -> str:
         """The weight's name in the state dict."""
+        if self.kind == "recurrent":
+            return self.name
         return f"{self.name}.weight" if self.name else "weight"
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether its module does nothing but multiply the weight with its inputs and add a bias."""
+        return self.kind not in ("embedding", "recurrent")
 
     @property
     def bias(self) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from autocompress.errors import TaskError
 from autocompress.graph import Graph, Group, Layer, Member
+from autocompress.opaque import RECURRENT, opaque
 from autocompress.precise import Doubles
 from autocompress.surgery import fold_scale, lent, shadow, tensors_of, without
 from autocompress.task import call, few, first_input, length, mapped, tensors
@@ -36,6 +37,7 @@ COMPRESSIBLE: dict[type[nn.Module], str] = {
     nn.Embedding: "embedding",
 }
 _KINDS: tuple[type[nn.Module], ...] = tuple(COMPRESSIBLE)
+_ROOTS = (torch_pruning.ops.TORCH_CONV, torch_pruning.ops.TORCH_LINEAR)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _PER_CHANNEL = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _VARIES = 1e-8  # of an output's power: with less, rounding takes part
@@ -53,7 +55,10 @@ def trace(model: nn.Module, inputs: Any, examples: int = 4) -> Graph:
     calls = _observe(model, inputs)
     layers = _layers(model, calls, length(inputs))
     if not layers:
-        raise TaskError("the model has no Conv1d/2d/3d, Linear or Embedding weight, so there is nothing to compress")
+        raise TaskError(
+            "the model has no weight of a Conv1d/2d/3d, Linear, Embedding or recurrent layer, so there is nothing to "
+            "compress"
+        )
     subject = _subject(model, inputs)
     layers = _verified_folds(subject, layers)
     groups, notes = _groups(model, inputs, subject, calls)
@@ -120,27 +125,38 @@ def _passing(items: Sequence[Item], passes: Callable[[Sequence[Item]], bool]) ->
 # --- layers ---------------------------------------------------------------------------------------------
 
 
-def _compressible(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules with a compressible weight, each shared weight once."""
-    found: dict[int, tuple[str, nn.Module]] = {}
+def _compressible(model: nn.Module) -> list[tuple[str, str]]:
+    """Modules and names of their compressible weights, each shared weight once."""
+    found: dict[int, tuple[str, str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, _KINDS) and "weight" in module._parameters:
-            found.setdefault(id(module.weight), (name, module))
+        for key, value in module._parameters.items():
+            if value is not None and key in _weights(module):
+                found.setdefault(id(value), (name, key))
     return list(found.values())
+
+
+def _weights(module: nn.Module) -> list[str]:
+    """Names of the weights that a module of its kind has and that are compressed."""
+    if isinstance(module, nn.RNNBase):
+        return [name for name in module._flat_weights_names if name.startswith("weight")]
+    if isinstance(module, nn.RNNCellBase):
+        return ["weight_ih", "weight_hh"]
+    return ["weight"] if isinstance(module, _KINDS) else []
 
 
 def _computed_weights(model: nn.Module) -> list[str]:
     """Notes about layers whose weight is the result of a computation (weight norm, say)."""
     return [
-        f"{name} is left as it is: its weight is computed by a parametrization; remove that to compress the layer"
+        f"{name} is left as it is: its {key} is computed by a parametrization; remove that to compress the layer"
         for name, module in model.named_modules()
-        if isinstance(module, _KINDS) and "weight" not in module._parameters
+        for key in _weights(module)
+        if key not in module._parameters
     ]
 
 
 def _other_weights(model: nn.Module, layers: tuple[Layer, ...]) -> list[str]:
-    """Notes about matrices of other layers (recurrent, transposed, attention's input), which stay at 16 bits."""
-    known = {id(model.get_submodule(layer.name)._parameters["weight"]) for layer in layers}
+    """Notes about matrices of other layers (transposed, attention's input), which stay at 16 bits."""
+    known = {id(model.get_parameter(layer.weight)) for layer in layers}
     total = sum(p.numel() for p in model.parameters())
     notes = []
     for name, p in model.named_parameters():
@@ -151,11 +167,11 @@ def _other_weights(model: nn.Module, layers: tuple[Layer, ...]) -> list[str]:
 
 
 class _Calls:
-    """What one forward pass showed: calls and output values per module, and whose output fed which norm."""
+    """What one forward pass showed: how often each module and its weights were used, whose output fed which norm."""
 
     def __init__(self) -> None:
         self.count: Counter[str] = Counter()
-        self.outputs: Counter[str] = Counter()
+        self.applied: Counter[str] = Counter()
         self.normalised_by: dict[str, list[str]] = {}
 
 
@@ -173,7 +189,10 @@ def _observe(model: nn.Module, inputs: Any) -> _Calls:
             if isinstance(module, _KINDS) and isinstance(output, Tensor):
                 made_by[id(output)] = name
                 keep_alive.append(output)
-                calls.outputs[name] += output.numel()
+                rows = len(module.weight)  # type: ignore[arg-type]
+                calls.applied[name] += 0 if isinstance(module, nn.Embedding) else output.numel() // rows
+            elif isinstance(module, RECURRENT):
+                calls.applied[name] += tensors(given or named["input"])[0].numel() // module.input_size
 
         return record
 
@@ -189,22 +208,24 @@ def _observe(model: nn.Module, inputs: Any) -> _Calls:
 
 
 def _layers(model: nn.Module, calls: _Calls, examples: int) -> tuple[Layer, ...]:
-    outputs = Counter[int]()  # values that each weight gave, over all modules that share it
+    applied = Counter[int]()  # how often each weight was multiplied, over all modules that share it
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding):  # looking up is not multiplying
-            outputs[id(module._parameters.get("weight"))] += calls.outputs[name]
+        for value in module._parameters.values():
+            applied[id(value)] += calls.applied[name]
     return tuple(
-        _layer(name, module, model, calls, outputs[id(module.weight)] // max(1, examples))
-        for name, module in _compressible(model)
+        _layer(name, key, model, calls, applied[id(model.get_submodule(name)._parameters[key])] // max(1, examples))
+        for name, key in _compressible(model)
     )
 
 
-def _layer(name: str, module: nn.Module, model: nn.Module, calls: _Calls, outputs: int) -> Layer:
-    """`outputs` is how many values the layer's weight gives for one input."""
-    kind = next(kind for cls, kind in COMPRESSIBLE.items() if isinstance(module, cls))
-    weight = module._parameters["weight"]
+def _layer(name: str, key: str, model: nn.Module, calls: _Calls, positions: int) -> Layer:
+    module = model.get_submodule(name)
+    weight = module._parameters[key]
     assert weight is not None
     shape = tuple(weight.shape)
+    if isinstance(module, RECURRENT):
+        return Layer(f"{name}.{key}" if name else key, "recurrent", shape, positions=positions)
+    kind = next(kind for cls, kind in COMPRESSIBLE.items() if isinstance(module, cls))
     norms = calls.normalised_by.get(name, [])
     alone = kind != "embedding" and len(norms) == 1 and calls.count[name] == calls.count[norms[0]] == 1
     if alone and getattr(model.get_submodule(norms[0]), "num_features", None) != shape[0]:
@@ -214,7 +235,7 @@ def _layer(name: str, module: nn.Module, model: nn.Module, calls: _Calls, output
         kind,
         shape,
         getattr(module, "groups", 1),
-        outputs // shape[0],
+        positions,
         getattr(module, "bias", None) is not None,
         norms[0] if alone else None,
     )
@@ -279,16 +300,40 @@ def _dependency_groups(model: nn.Module, inputs: Any) -> tuple[list[Any], list[A
     for parameter in trained:
         parameter.requires_grad_(True)  # the tracer follows autograd
     try:
-        with warnings.catch_warnings(), torch.enable_grad():
+        with warnings.catch_warnings(), torch.enable_grad(), opaque(model) as recurrent:
             warnings.simplefilter("ignore")
             if not any(output.requires_grad for output in tensors(call(model, inputs))):
                 return [], []
             graph = torch_pruning.DependencyGraph()
-            graph.build_dependency(model, positional, output_transform=tensors, verbose=False)
-            return list(graph.get_all_groups()), list(graph.module2node.values())
+            graph.build_dependency(
+                model,
+                positional,
+                output_transform=tensors,
+                customized_pruners=dict.fromkeys(recurrent, _Untouched()),
+                verbose=False,
+            )
+            roots = [*_ROOTS, *recurrent]
+            return list(graph.get_all_groups(root_module_types=roots)), list(graph.module2node.values())
     finally:
         for parameter in trained:
             parameter.requires_grad_(False)
+
+
+class _Untouched(torch_pruning.pruner.function.BasePruningFunc):  # type: ignore[misc]
+    """What the tracer asks of a recurrent module: how many channels go in and come out. None is ever removed."""
+
+    def get_in_channels(self, layer: Any) -> int:
+        return int(layer.input_size)
+
+    def get_out_channels(self, layer: Any) -> int:
+        directions = 2 if getattr(layer, "bidirectional", False) else 1
+        return int(getattr(layer, "proj_size", 0) or layer.hidden_size) * directions
+
+    def prune_in_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:  # noqa: ARG002
+        return layer
+
+    def prune_out_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:  # noqa: ARG002
+        return layer
 
 
 def _describe(group: Any, names: dict[int, str]) -> Group:
@@ -303,6 +348,9 @@ def _describe(group: Any, names: dict[int, str]) -> Group:
             reason = reason or "its channels run along a bare parameter"
             continue
         if id(module) not in names:  # an operation without weights
+            continue
+        if isinstance(module, RECURRENT):
+            reason = "recurrent units are not pruned"
             continue
         index: list[list[int]] = [[] for _ in range(channels)]
         for own, at_root in zip(item.idxs, item.root_idxs, strict=True):

@@ -129,6 +129,7 @@ def test_passes_know_one_another_only_where_they_must() -> None:
         "checkpoint": {"cache"},
         "constraint": {"quantize"},
         "distill": {"precision"},
+        "moments": {"recurrence"},
         "finetune": {"checkpoint", "constraint", "distill", "precision", "schedules"},
         "recalibrate": {"quantize"},
         "reconstruct": {"moments", "recalibrate"},

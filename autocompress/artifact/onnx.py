@@ -43,6 +43,7 @@ from autocompress.artifact.onnx_graph import (
     filled,
     quantised,
 )
+from autocompress.artifact.onnx_recurrent import take_apart
 from autocompress.artifact.onnx_rewrite import rewrite
 from autocompress.errors import ArtifactError, ExportError
 from autocompress.graph import Layer
@@ -72,7 +73,7 @@ class Exported:
     """A network's skeleton, which holds the model's own tensors, and the structure of what it returns.
 
     `general` says whether it computes with whatever tensors it is filled with. Not so where the exporter computed with
-    their values, as with the weights of an LSTM: then it stands for the exported model only. `plain` is the model as
+    their values, as an LSTM's that projects: then it stands for the exported model only. `plain` is the model as
     the exporter leaves it, in single precision: what its user would run without this package.
     """
 
@@ -127,6 +128,7 @@ def _same(proto: onnx.ModelProto, outputs: Outputs, model: nn.Module, inputs: An
 def _program(exported: nn.Module, inputs: Any, model: nn.Module) -> tuple[onnx.ModelProto, dict[str, Place], bytes]:
     """The graph of `exported` with the tensors of `model` in it, where they are, and the same graph as exported."""
     proto = _translated(exported, *arguments(inputs))
+    take_apart(proto, {name: value.detach().cpu().numpy() for name, value in exported.state_dict().items()})
     places = _places(proto, exported)
     _tie(proto, places, exported)
     tensors_of = {tensor.name: tensor for tensor in proto.graph.initializer}

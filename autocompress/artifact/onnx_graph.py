@@ -430,13 +430,24 @@ def _with_scales(skeleton: Skeleton, ranges: Mapping[str, Range], integer: froze
         activation_qType=QuantType.QUInt8,
         tensors_range=TensorsData(CalibrationMethod.MinMax, named),
         nodes_to_quantize=[],
-        nodes_to_exclude=[*floats, *others],
+        nodes_to_exclude=[*floats, *others, *_unconditional(exported.graph)],
         op_types_to_quantize=[*INTEGER_OPS, *FOLLOWERS],
         extra_options={},
     )
     quantiser.quantize_model()
     proto: onnx.ModelProto = quantiser.model.model
     return proto
+
+
+def _unconditional(graph: onnx.GraphProto) -> list[str]:
+    """Nodes that depend on nothing but initializers: they run when the file is loaded, and give no activation."""
+    known = {tensor.name for tensor in graph.initializer}
+    found = []
+    for node in graph.node:
+        if node.input and known.issuperset(node.input):
+            known.update(node.output)
+            found.append(node.name)
+    return found
 
 
 # --- filling ----------------------------------------------------------------------------------------------

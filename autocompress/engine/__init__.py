@@ -442,7 +442,7 @@ def _constraint(stored: Stored) -> Constraint:
 
 def _hints(graph: Graph, kept: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Hints:
     """Three layers at a quarter, half and three quarters of the network's depth, of those that are left."""
-    inner = [layer for layer in graph.layers[:-1] if layer.kind != "embedding" and state[layer.weight].numel()]
+    inner = [layer for layer in graph.layers[:-1] if layer.is_affine and state[layer.weight].numel()]
     chosen = {inner[len(inner) * quarter // 4].name for quarter in (1, 2, 3)} if inner else set()
     channels = {}
     for group in graph.prunable:

@@ -1,19 +1,22 @@
 """What each layer of a model sees in calibration, as the second moments of its inputs.
 
 A weight's rows (out, d) are multiplied with columns x (d,); H = sum of x x^T says what a change of the rows does to
-the outputs. An embedding multiplies nothing: how often each of its rows is looked up takes the place of H. Knows
-nothing about pruning or grids.
+the outputs. An embedding multiplies nothing: how often each of its rows is looked up takes the place of H. Matrices of
+recurrent modules meet the inputs and hidden states of every step. Knows nothing about pruning or grids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autocompress.engine.recurrence import columns
 from autocompress.graph import Graph
 from autocompress.task import Batch, call, first_input, to_device
 
@@ -35,11 +38,14 @@ def patches(module: nn.Module, x: Tensor, chosen: Tensor | None = None) -> Tenso
     A column per output position of each example, or only the `chosen` ones (columns,).
     """
     windows, positions = _windows(module, x)
-    picked = (
+    return _picked(windows, positions, getattr(module, "groups", 1), chosen)
+
+
+def _picked(windows: Tensor, positions: int, groups: int, chosen: Tensor | None) -> Tensor:
+    found = (
         windows.flatten(0, positions - 1) if chosen is None else windows[_unravel(chosen, windows.shape[:positions])]
     )
-    groups = getattr(module, "groups", 1)
-    return picked.reshape(len(picked), groups, -1).permute(1, 2, 0)
+    return found.reshape(len(found), groups, -1).permute(1, 2, 0)
 
 
 def _windows(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
@@ -62,16 +68,23 @@ def _unravel(index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
 def moments(model: nn.Module, graph: Graph, batches: Iterable[Batch], seed: int) -> dict[str, Tensor]:
     """H of every layer that the model calls, damped, float64: (groups, d, d), and (rows,) of an embedding.
 
-    A random sample of positions stands for all of them, scaled to their number.
+    A random sample of positions stands for all of them, scaled to their number. Matrices of a recurrent module that
+    computes something of its own are left out, with a warning.
     """
-    found: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
     batches = list(batches)
+    sums = _Sums(torch.Generator().manual_seed(seed), len(batches))
     handles = [
-        model.get_submodule(layer.name).register_forward_pre_hook(
-            _recorder(layer.name, found, generator, len(batches)), with_kwargs=True
-        )
+        model.get_submodule(layer.name).register_forward_pre_hook(_recorder(layer.name, sums), with_kwargs=True)
         for layer in graph.layers
+        if layer.kind != "recurrent"
+    ]
+    matrices: dict[str, dict[str, str]] = defaultdict(dict)
+    for layer in graph.layers:
+        if layer.kind == "recurrent":
+            matrices[layer.module][layer.name.rpartition(".")[2]] = layer.name
+    handles += [
+        model.get_submodule(name).register_forward_hook(_recurrent_recorder(layers, sums), with_kwargs=True)
+        for name, layers in matrices.items()
     ]
     try:
         device = next(model.parameters()).device
@@ -81,33 +94,59 @@ def moments(model: nn.Module, graph: Graph, batches: Iterable[Batch], seed: int)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: damped(value) for name, value in found.items()}
+    return {name: damped(value) for name, value in sums.found.items()}
 
 
-def _recorder(name: str, found: dict[str, Tensor], generator: torch.Generator, batches: int) -> Callable[..., None]:
+class _Sums:
+    """Sums over the batches, by layer."""
+
+    def __init__(self, generator: torch.Generator, batches: int) -> None:
+        self._generator, self._batches = generator, batches
+        self.found: dict[str, Tensor] = {}
+
+    def add(self, name: str, seen: Tensor) -> None:
+        self.found[name] = self.found[name] + seen if name in self.found else seen
+
+    def add_products(self, name: str, windows: Tensor, positions: int, groups: int = 1) -> None:
+        """Sum of x x^T (groups, d, d) float64 over a sample of this batch's columns, scaled to all of them."""
+        total = windows.shape[:positions].numel()
+        d = windows.shape[positions:].numel() // groups
+        limit = min(COLUMNS_PER_INPUT * d, MOST_COLUMNS) // self._batches + 1
+        chosen = torch.arange(total)
+        if total > limit:
+            chosen = torch.randint(0, total, (limit,), generator=self._generator)
+        summed = torch.zeros((), dtype=torch.float64)
+        for part in torch.split(chosen, max(1, CHUNK_BYTES // (4 * windows.shape[positions:].numel()))):
+            x = _picked(windows, positions, groups, part.to(windows.device))
+            summed = summed + (x @ x.transpose(1, 2)).double().cpu()
+        self.add(name, summed * (total / len(chosen)))
+
+
+def _recorder(name: str, sums: _Sums) -> Callable[..., None]:
     def record(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = first_input(given, named).detach()
         if isinstance(module, nn.Embedding):
-            seen = torch.bincount(x.flatten(), minlength=module.num_embeddings).double().cpu()
+            sums.add(name, torch.bincount(x.flatten(), minlength=module.num_embeddings).double().cpu())
         else:
-            seen = _products(module, x.float(), generator, batches)
-        found[name] = found[name] + seen if name in found else seen
+            sums.add_products(name, *_windows(module, x.float()), int(getattr(module, "groups", 1)))
 
     return record
 
 
-def _products(module: nn.Module, x: Tensor, generator: torch.Generator, batches: int) -> Tensor:
-    """Sum of x x^T (groups, d, d) float64 over a sample of this batch's columns, scaled to all of them."""
-    windows, positions = _windows(module, x)
-    total = windows.shape[:positions].numel()
-    d = windows.shape[positions:].numel() // int(getattr(module, "groups", 1))
-    limit = min(COLUMNS_PER_INPUT * d, MOST_COLUMNS) // batches + 1
-    chosen = torch.randint(0, total, (limit,), generator=generator) if total > limit else torch.arange(total)
-    summed = torch.zeros((), dtype=torch.float64)
-    for part in torch.split(chosen, max(1, CHUNK_BYTES // (4 * windows.shape[positions:].numel()))):
-        columns = patches(module, x, part.to(x.device))
-        summed = summed + (columns @ columns.transpose(1, 2)).double().cpu()
-    return summed * (total / len(chosen))
+def _recurrent_recorder(layers: Mapping[str, str], sums: _Sums) -> Callable[..., None]:
+    """Records a recurrent module, whose parameters have the given names as layers."""
+
+    def record(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        assert isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        try:
+            met = columns(module, (given, named), output)
+        except Exception as error:  # whatever comes of a subclass with a forward pass of its own
+            warnings.warn(f"layers {', '.join(layers.values())} are rounded to nearest: {error}", stacklevel=2)
+            return
+        for parameter, name in layers.items():
+            sums.add_products(name, met[parameter], 1)
+
+    return record
 
 
 def damped(h: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class Reconstruction:
         largest = max(layer.positions * layer.shape[0] for layer in graph.layers)
         self._inputs = merged(batches, max(1, min(INPUTS, ACTIVATION_BYTES // (4 * max(1, largest)))))
         uses = Counter(id(module._parameters.get("weight")) for module in teacher.modules())
-        modules = {layer.name: teacher.get_submodule(layer.name) for layer in graph.layers}
-        self._layers = [x for x in graph.layers if x.kind != "embedding" and uses[id(modules[x.name].weight)] == 1]
+        modules = {layer.name: teacher.get_submodule(layer.name) for layer in graph.layers if layer.is_affine}
+        self._layers = [x for x in graph.layers if x.is_affine and uses[id(modules[x.name].weight)] == 1]
         self._targets: dict[str, _Target] = {}
         generator, calls = torch.Generator().manual_seed(seed), Counter[str]()
 

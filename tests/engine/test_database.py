@@ -149,13 +149,13 @@ def test_columns_are_summed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_more_columns_are_sampled_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, graph, batches = small_model()
     seen: list[int] = []
-    original = statistics.patches
+    original = statistics._picked
 
-    def counted(module: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
+    def counted(windows: Tensor, positions: int, groups: int, chosen: Tensor) -> Tensor:
         seen.append(len(chosen))
-        return original(module, x, chosen)
+        return original(windows, positions, groups, chosen)
 
-    monkeypatch.setattr(statistics, "patches", counted)
+    monkeypatch.setattr(statistics, "_picked", counted)
     monkeypatch.setattr(statistics, "MOST_COLUMNS", 4)
     moments(model, graph, batches, 0)
     assert set(seen) == {3}  # four over two batches, and one

@@ -162,6 +162,11 @@ def macs_by_hooks(model: nn.Module, inputs: Any, examples: int) -> int:
     """Multiply-accumulates of one input, counted at every call of every layer, independently of the package."""
     total, handles = 0, []
 
+    def recurrent(module: nn.Module, given: Any, _: Any) -> None:
+        nonlocal total
+        rows = given[0].numel() // module.input_size  # steps of all examples; every one reads every matrix
+        total += sum(rows * p.numel() for p in module.parameters() if p.ndim == 2)
+
     def record(module: nn.Module, _: Any, output: Tensor) -> None:
         nonlocal total
         weight: Tensor = module.weight  # type: ignore[assignment]
@@ -171,6 +176,8 @@ def macs_by_hooks(model: nn.Module, inputs: Any, examples: int) -> int:
     for module in model.modules():
         if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding):
             handles.append(module.register_forward_hook(record))
+        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            handles.append(module.register_forward_hook(recurrent))
     with torch.no_grad():
         call(model, inputs)
     for handle in handles:
