@@ -83,6 +83,9 @@ def runners() -> Iterator[Callable[..., Runner]]:
         if name == "local":
             return local(workers, build)
         key = name, workers, build
+        if name == "ray" and key not in made:  # the actors of one hold the whole cluster
+            for other in [key for key in made if key[0] == "ray"]:
+                made.pop(other).close()
         if key not in made:
             made[key] = RUNNERS[name](workers, build)
         return made[key]
