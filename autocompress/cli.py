@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from autocompress.errors import AutocompressError, BudgetError, RunError
 from autocompress.live import LOG_EVERY, watching
@@ -981,7 +981,14 @@ def profile(
         f"{escape(evaluator.task.metric)} {dense.quality:.4f} on val, {dense.latency_ms:.3g} ms"
     )
     shown = Table(
-        "layer", "kind", "shape", "share", "MACs", "channel groups", f"loss at {bits} bits", title_justify="left"
+        Column("layer", overflow="fold"),
+        "kind",
+        "shape",
+        "share",
+        "MACs",
+        "channel groups",
+        f"loss at {bits} bits",
+        title_justify="left",
     )
     for entry in layers:
         loss = entry.get("loss")
@@ -995,7 +1002,7 @@ def profile(
             "" if loss is None else f"{loss:.2e}",
         )
     out.print(shown)
-    groups = Table("channel group", "channels", "can be pruned")
+    groups = Table(Column("channel group", overflow="fold"), "channels", "can be pruned")
     for group in graph.groups:
         groups.add_row(
             escape(group.name), str(group.channels), "yes" if not group.frozen else f"no: {escape(group.frozen)}"

@@ -22,19 +22,19 @@ def opaque(model: nn.Module) -> Iterator[set[type[nn.Module]]]:
     found = [module for module in model.modules() if isinstance(module, RECURRENT)]
     try:
         for module in found:
-            module.forward = _as_one_node(module.forward)
+            module.forward = _as_one_node(module.forward, list(module.parameters()))
         yield {type(module) for module in found}
     finally:
         for module in found:
             del module.forward
 
 
-def _as_one_node(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _as_one_node(forward: Callable[..., Any], own: list[nn.Parameter]) -> Callable[..., Any]:
     def run(*given: Any, **named: Any) -> Any:
         with torch.no_grad():
             leaves, structure = pytree.tree_flatten(forward(*given, **named))
         floats = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        inputs = [leaf for leaf in pytree.tree_leaves((given, named)) if isinstance(leaf, Tensor)]
+        inputs = [*own, *(leaf for leaf in pytree.tree_leaves((given, named)) if isinstance(leaf, Tensor))]
         outputs = _Node.apply(len(inputs), *inputs, *(leaves[i] for i in floats))  # type: ignore[no-untyped-call]
         for i, output in zip(floats, outputs, strict=True):
             leaves[i] = output

@@ -1,14 +1,17 @@
-"""One-shot accuracy of uniform policies under both solvers, on the first test images of CIFAR-10.
+"""One-shot accuracy of uniform policies under both solvers, on the first `test` inputs of CIFAR-10 or another task.
 
     python benchmarks/solvers.py --data DIR --checkpoint resnet20_cifar10.pt
+    python benchmarks/solvers.py --task docs/examples/sequences.py:gru --seeds 5
 
-Prints a line for each policy and ends with one JSON line.
+Each seed draws other calibration batches. Prints a line for each policy, with median, least and largest accuracy over
+seeds, and ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -32,24 +35,29 @@ def accuracy(task: ClassificationTask, model: nn.Module, batches: int) -> float:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--batches", type=int, default=8, help="batches of 128 test images (default 8)")
+    parser.add_argument("--task", default="cifar10", help="a classification task (default cifar10)")
+    parser.add_argument("--data", type=Path, help="for cifar10")
+    parser.add_argument("--checkpoint", type=Path, help="for cifar10")
+    parser.add_argument("--batches", type=int, default=8, help="batches of test inputs (default 8)")
+    parser.add_argument("--seeds", type=int, default=1, help="draws of calibration batches (default 1)")
     given = parser.parse_args()
-    task = load_task("cifar10", data=given.data, checkpoint=given.checkpoint)
+    task = load_task(given.task, data=given.data, checkpoint=given.checkpoint)
     assert isinstance(task, ClassificationTask)
-    bench = Workbench(task)
-    space = Space(load_space("tiny"), bench.graph)
-    found: dict[str, dict[str, float]] = {"dense": {"none": accuracy(task, bench.teacher, given.batches)}}
+    benches = [Workbench(task, seed=seed) for seed in range(given.seeds)]
+    space = Space(load_space("tiny"), benches[0].graph)
+    dense = accuracy(task, benches[0].teacher, given.batches)
+    found: dict[str, dict[str, list[float]]] = {"dense": {"none": [dense]}}
     for bits, sparsity in POLICIES:
         name = f"{bits} bits, {sparsity:.0%} zeros"
         found[name] = {}
         for solver in ("nearest", "database"):
             policy = replace(space.uniform(bits=bits, sparsity=sparsity), solver=solver)
-            model = bench.realise(compress(bench, policy))
-            found[name][solver] = accuracy(task, model, given.batches)
+            models = (bench.realise(compress(bench, policy)) for bench in benches)
+            scores = [accuracy(task, model, given.batches) for model in models]
+            found[name][solver] = [statistics.median(scores), min(scores), max(scores)]
         print(name, found[name], flush=True)
-    print(json.dumps({"images": 128 * given.batches, "accuracy": found}))
+    inputs = min(task.batch_size * given.batches, len(task.split("test")[1]))
+    print(json.dumps({"inputs": inputs, "seeds": given.seeds, "accuracy": found}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Gives recurrent ONNX operators the tensors of the model, which the exporter has put together as they take them.
+"""Gives recurrent ONNX operators the tensors of the model, where the exporter put them together as they take them.
 
 A GRU or LSTM takes all directions in one tensor, its gates in another order than torch's, and both biases as one. Here
 a few nodes make that of the model's own tensors, once, when the file is loaded, so that each is stored by itself.

@@ -60,6 +60,20 @@ def test_channels_before_a_recurrent_module_can_be_pruned() -> None:
     }
 
 
+def test_units_of_a_recurrent_module_that_reads_the_inputs_are_a_group_too() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(3, 5, batch_first=True, bidirectional=True), nn.Linear(10, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0].mean(dim=1))
+
+    graph = check(First().eval(), torch.randn(4, 6, 3))
+    assert {g.name: g.channels for g in graph.groups} == {"rnn": 10, "head": 2}
+    assert {g.name: g.frozen for g in graph.groups}["rnn"] == "recurrent units are not pruned"
+
+
 def test_cells_are_called_once_a_step() -> None:
     class Stepped(nn.Module):
         def __init__(self) -> None:
