@@ -183,13 +183,19 @@ def tensors_of(model: nn.Module) -> dict[str, tuple[Shape, str]]:
 
     Tensors with several names appear once; step counters of batch norms are left out.
     """
-    found, seen = {}, set()
+    found, seen, foreign = {}, set(), set(foreign_state(model))
     for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor) or id(value) in seen or name.endswith(".num_batches_tracked"):
+        if name in foreign or id(value) in seen or name.endswith(".num_batches_tracked"):
             continue
         seen.add(id(value))
         found[name] = tuple(value.shape), _dtype(value)
     return found
+
+
+def foreign_state(model: nn.Module) -> list[str]:
+    """Names of the state that are no parameters or buffers: modules with packed or quantised weights have such."""
+    own = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
+    return [name for name, value in model.state_dict(keep_vars=True).items() if id(value) not in own]
 
 
 def _dtype(value: Tensor) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from autocompress.errors import AutocompressError, TaskError
 
@@ -469,12 +470,30 @@ def _guarded(spec: str, action: Callable[[], Any]) -> Any:
         raise TaskError(f"{spec} raised {type(error).__name__}: {said}{where}") from error
 
 
+def eager(model: nn.Module) -> nn.Module:
+    """`model` without `torch.compile`, in place: what that wraps has other names, and cannot be taken apart."""
+    while "_orig_mod" in model._modules:
+        model = cast(nn.Module, model._modules["_orig_mod"])
+    for name, child in list(model.named_children()):
+        inner = eager(child)
+        if inner is not child:
+            setattr(model, name, inner)
+    model._compiled_call_impl = None
+    return model
+
+
 def probe(task: Task) -> tuple[nn.Module, Batch]:
     """The dense model and one `val` batch, after checking that they work together. Raises `TaskError`."""
     model = _guarded(f"{task.name}: model()", task.model)
     if not isinstance(model, nn.Module):
         raise TaskError(f"{task.name}: model() returned {type(model).__name__}, not a torch.nn.Module")
-    model.eval()
+    model = eager(model).eval()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise TaskError(
+                f"{task.name}: {name!r} has no shape yet, as its module was built without input sizes: run one batch "
+                "through the model before the task gives it away"
+            )
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise TaskError(f"{task.name}: weight {name!r} holds NaN or infinity; load a sound checkpoint")

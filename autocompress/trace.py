@@ -26,7 +26,7 @@ from autocompress.errors import TaskError
 from autocompress.graph import Graph, Group, Layer, Member
 from autocompress.opaque import RECURRENT, opaque
 from autocompress.precise import Doubles
-from autocompress.surgery import fold_scale, lent, shadow, tensors_of, without
+from autocompress.surgery import fold_scale, foreign_state, lent, shadow, tensors_of, without
 from autocompress.task import call, few, first_input, length, mapped, tensors
 
 COMPRESSIBLE: dict[type[nn.Module], str] = {
@@ -40,6 +40,8 @@ _KINDS: tuple[type[nn.Module], ...] = tuple(COMPRESSIBLE)
 _ROOTS = (torch_pruning.ops.TORCH_CONV, torch_pruning.ops.TORCH_LINEAR)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _PER_CHANNEL = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+MOST_ALONE = 4
+"""Examples that are run one by one, to see whether each takes the same way through the model."""
 _VARIES = 1e-8  # of an output's power: with less, rounding takes part
 _TOLERANCE = 1e-3  # of the output's power; float32 noise is about 1e-6, a wrong channel about 1
 
@@ -62,7 +64,7 @@ def trace(model: nn.Module, inputs: Any, examples: int = 4) -> Graph:
     subject = _subject(model, inputs)
     layers = _verified_folds(subject, layers)
     groups, notes = _groups(model, inputs, subject, calls)
-    left = (*_computed_weights(model), *_other_weights(model, layers))
+    left = (*_computed_weights(model), *_other_weights(model, layers), *_foreign_weights(model))
     return Graph(layers, groups, tensors_of(model), _dense_bytes(model), (*left, *notes))
 
 
@@ -164,6 +166,17 @@ def _other_weights(model: nn.Module, layers: tuple[Layer, ...]) -> list[str]:
             kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
             notes.append(f"{name} stays at 16 bits ({p.numel() / total:.1%} of the weights): {kind} is not compressed")
     return notes
+
+
+def _foreign_weights(model: nn.Module) -> list[str]:
+    """Notes about modules with a state of their own kind (dynamically quantised layers), which no file can hold."""
+    owners = dict.fromkeys(name.rpartition(".")[0].removesuffix("._packed_params") for name in foreign_state(model))
+    kinds = {owner: type(model.get_submodule(owner)).__name__ for owner in owners}
+    return [
+        f"{owner or 'the model'} stays as it is: {kind} has no parameters, so its weights are not in the file and come "
+        "from the task's model"
+        for owner, kind in kinds.items()
+    ]
 
 
 class _Calls:
@@ -275,6 +288,8 @@ def _groups(
     model: nn.Module, inputs: Any, subject: _Subject, calls: _Calls
 ) -> tuple[tuple[Group, ...], tuple[str, ...]]:
     """All channel groups, frozen ones included, and notes about what could not be traced."""
+    if _looks_at_data(model, inputs, calls):
+        return (), ("no channels can be pruned: which modules run depends on the inputs, so none shows them all",)
     names = {id(module): name for name, module in model.named_modules()}
     try:
         traced, nodes = _dependency_groups(model, inputs)
@@ -289,6 +304,24 @@ def _groups(
     groups = [replace(group, frozen=group.frozen or reasons.get(group.name, "")) for group in groups]
     going = _removable(subject, [g for g in groups if not g.frozen and _may_go(g, subject, nodes)])
     return tuple(replace(group, removable=group.name in going) for group in groups), ()
+
+
+def _looks_at_data(model: nn.Module, inputs: Any, calls: _Calls) -> bool:
+    """Whether some example alone runs other modules than all of them together do."""
+    for i in range(min(length(inputs), MOST_ALONE)):
+        try:
+            found = _observe(model, _example(inputs, i))
+        except Exception:  # not every model takes a lone example
+            return False
+        if set(found.count) != set(calls.count):
+            return True
+    return False
+
+
+def _example(inputs: Any, i: int) -> Any:
+    """Example `i` of `inputs`, as a batch of its own."""
+    count = length(inputs)
+    return mapped(inputs, lambda t: t[i : i + 1] if t.ndim and len(t) == count else t)
 
 
 def _dependency_groups(model: nn.Module, inputs: Any) -> tuple[list[Any], list[Any]]:

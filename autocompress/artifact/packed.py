@@ -22,8 +22,8 @@ from autocompress.artifact.layout import MAGIC, PREFIX, RAW_BYTES, Entry, Header
 from autocompress.errors import ArtifactError
 from autocompress.graph import tensors_fingerprint
 from autocompress.stored import MAX_EXPONENT, Full, Half, Quantised, Raw, Stored, StoredModel, from_half, to_half
-from autocompress.surgery import install, tensors_of, without
-from autocompress.task import Task
+from autocompress.surgery import foreign_state, install, tensors_of, without
+from autocompress.task import Task, eager
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in RAW_BYTES}
@@ -220,7 +220,7 @@ def build(artifact: Artifact, architecture: nn.Module) -> nn.Module:
 
     Raises `ArtifactError` if the file does not belong to this architecture.
     """
-    header, tensors = artifact.header, artifact.tensors
+    header, tensors, architecture = artifact.header, artifact.tensors, eager(architecture)
     if header.graph != tensors_fingerprint(tensors_of(architecture)):
         raise ArtifactError(
             f"the artifact was made for another network: task {header.task!r} had tensors of other names or shapes "
@@ -245,7 +245,8 @@ def _check_folds(folded: Sequence[str], tensors: StoredModel, model: nn.Module) 
 
 def _check_tensors(tensors: StoredModel, model: nn.Module, folded: Sequence[str]) -> None:
     """None that the model needs is absent; every one belongs to it and is no larger than there."""
-    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    foreign = set(foreign_state(model))
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in foreign}
     filled = {id(state[name]) for name in tensors if name in state}
     gone = {id(model.get_submodule(name)) for name in folded}
     for name, value in state.items():

@@ -85,20 +85,20 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gru = nn.GRU(CHANNELS, 128, num_layers=2, batch_first=True, bidirectional=True, dropout=0.3)
-        self.classifier = nn.Linear(256, SPEAKERS)
+        self.gru = nn.GRU(CHANNELS, 64, num_layers=2, batch_first=True, bidirectional=True, dropout=0.3)
+        self.classifier = nn.Linear(128, SPEAKERS)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.gru(x)[0].mean(dim=1))
 
 
 class Convolutional(nn.Module):
-    """Inputs (n, steps, 12); logits (n, 9): the fully convolutional network of Wang et al. 2016, 1611.06455."""
+    """Inputs (n, steps, 12); logits (n, 9): fully convolutional as in Wang et al. 2016, 1611.06455, half as wide."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(_block(CHANNELS, 128, 7), _block(128, 256, 5), _block(256, 128, 3))
-        self.classifier = nn.Linear(128, SPEAKERS)
+        self.body = nn.Sequential(_block(CHANNELS, 64, 7), _block(64, 128, 5), _block(128, 64, 3))
+        self.classifier = nn.Linear(64, SPEAKERS)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.body(x.transpose(1, 2)).mean(dim=2))
