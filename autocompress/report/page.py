@@ -215,7 +215,7 @@ class Layers:
         except ArtifactError:  # moved away by the user; sizes are estimated then
             return None
         known = {entry.name: entry.nbytes for entry in header.entries}
-        return [known.get(f"{name}.weight", 0) for name in self.names]
+        return [known.get(f"{name}.weight", known.get(name, 0)) for name in self.names]  # or a recurrent parameter
 
     def level(self, trial: Trial) -> list[str]:
         """The level of each layer, as the heat map names it."""
