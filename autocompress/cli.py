@@ -104,7 +104,7 @@ RayAddress = Annotated[
     str | None,
     typer.Option(
         "--ray",
-        help="Experimental. Evaluate on a Ray cluster: auto (this node's), HOST:PORT, or local (one is started here). "
+        help="Evaluate on a Ray cluster: auto (this node's), HOST:PORT, or local (one is started here). "
         "Needs `pip install 'autocompress[ray]'`; see docs/cluster.md.",
         metavar="ADDRESS",
     ),

@@ -52,3 +52,14 @@ def test_notice_names_every_dependency_in_the_version_that_is_pinned() -> None:
     assert {name: pinned.get(name) for name in notice if name != "setuptools"} == {
         name: number for name, number in notice.items() if name != "setuptools"
     }
+
+
+def test_lock_holds_the_same_versions_each_with_hashes() -> None:
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    entries = re.findall(r"^([\w.-]+)==(\S+) \\\n((?: {4}--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.M)
+    assert "".join(f"{name}=={number} \\\n{hashes}" for name, number, hashes in entries) == re.sub("#.*\n", "", text)
+    locked = {name: number for name, number, _ in entries}
+    notice = dict(re.findall(r"^([\w.-]+) ([\w.]+): \S", (ROOT / "NOTICE").read_text(encoding="utf-8"), re.M))
+    assert {name: locked.get(name) for name in notice if name != "setuptools"} == {
+        name: number for name, number in notice.items() if name != "setuptools"
+    }

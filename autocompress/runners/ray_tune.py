@@ -441,14 +441,16 @@ class TrialActor(tune.Trainable):
             self._running = self._thread.submit(self._outcome, self._job)
         end = time.monotonic() + PULSE
         while True:
-            try:
-                return {**self._running.result(0.05 if self._told is None else PULSE), "done": True}
-            except Unfinished:
-                if self._step is not None and self._step != self._told:
-                    self._told = self._step
-                    return {"step": self._told, "done": False}
-                if time.monotonic() > end:
-                    return {"done": False}
+            found = None
+            with contextlib.suppress(Unfinished):
+                found = self._running.result(0.05 if self._told is None else PULSE)
+            if self._step != self._told:  # of a short training too, before its result
+                self._told = self._step
+                return {"step": self._told, "done": False}
+            if found is not None:
+                return {**found, "done": True}
+            if time.monotonic() > end:
+                return {"done": False}
 
     def cleanup(self) -> None:
         """The process ends after this, whatever runs."""
