@@ -1,4 +1,4 @@
-"""Writes requirements.lock: what the package needs to run, in the versions of constraints.txt, with hashes of its files.
+"""Writes requirements.lock: what the package needs to run, as constraints.txt has it, with hashes of its files.
 
     pip install uv && python docs/lock.py
 
