@@ -59,7 +59,8 @@ class Quantised:
 
     def dense(self) -> Tensor:
         """Float32 values."""
-        return _per_row(self.scale, self.codes) * (self.codes.float() - _per_row(self.zero, self.codes))
+        values = self.codes.float()
+        return values.sub_(_per_row(self.zero, self.codes)).mul_(_per_row(self.scale, self.codes))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

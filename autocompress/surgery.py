@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from statistics import mode
 from typing import Any
 
 import torch
@@ -22,33 +23,61 @@ def install(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """
     for name, value in values.items():
         owner, _, key = name.rpartition(".")
-        module = model.get_submodule(owner)
-        present = getattr(module, key)
+        present = getattr(model.get_submodule(owner), key)
         if isinstance(present, Tensor) and present.shape == value.shape:
             with torch.no_grad():
                 present.copy_(value)
-            continue
-        beside = present if isinstance(present, Tensor) else next(module.parameters(recurse=False))
-        own = value.detach().clone().to(beside.device, beside.dtype)
-        trains = beside.requires_grad and own.is_floating_point()
-        _put(model, module, key, own if key in module._buffers else nn.Parameter(own, requires_grad=trains))
+        else:
+            _renew(model, name, value.detach().clone())
 
 
-def _put(model: nn.Module, module: nn.Module, key: str, value: Tensor | None) -> None:
-    """Make `value` the tensor that `module` of `model` has under `key`, and the module's sizes agree with it."""
+def hold(model: nn.Module, name: str, value: Tensor) -> None:
+    """`install` without a copy: a parameter of `model` lies where `value` does, so nobody may write to it.
+
+    Buffers are copied, since running a model may write to them.
+    """
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    present = getattr(module, key)
+    if key in module._buffers:
+        install(model, {name: value})
+    elif isinstance(present, Tensor) and present.shape == value.shape:
+        present.data = value.detach().to(present.device, present.dtype)
+    else:
+        _renew(model, name, value.detach())
+
+
+def _renew(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give `model` a tensor of another shape under `name`, on the device and of the type of what was there."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    present = getattr(module, key)
+    beside = present if isinstance(present, Tensor) else next(module.parameters(recurse=False))
+    own = value.to(beside.device, beside.dtype)
+    trains = beside.requires_grad and own.is_floating_point()
+    _put(model, owner, key, own if key in module._buffers else nn.Parameter(own, requires_grad=trains))
+
+
+def _put(model: nn.Module, owner: str, key: str, value: Tensor | None) -> None:
+    """Make `value` the tensor that module `owner` of `model` has under `key`, and the sizes beside it agree with it."""
+    module = model.get_submodule(owner)
     tensors: dict[str, Any] = module._buffers if key in module._buffers else module._parameters
     before, tensors[key] = tensors.get(key), value
     if value is None or (before is not None and before.shape == value.shape):
         return
     if key in ("weight", "running_mean"):
+        attention = model.get_submodule(owner.rpartition(".")[0])
+        size = _head_size(attention)
         _resize(module.original if isinstance(module, Removed) else module, value)
+        if size:
+            _recount(attention, size)
         if isinstance(module, Removed) != _is_beyond_kernels(module, value):
             _exchange(model, module)
 
 
 def shadow(model: nn.Module) -> nn.Module:
-    """A copy of the modules that has the very tensors of `model`: whoever writes into one writes into both."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
+    """A copy whose parameters lie where those of `model` do, to be read and not written; its buffers are its own."""
+    return copy.deepcopy(model, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()})
 
 
 @contextmanager
@@ -68,12 +97,12 @@ def lent(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
             present = getattr(model.get_submodule(owner), key)
             for own, held in [(owner, key)] if present is None else holders[id(present)]:
                 before.append((own, held, present))
-                module = model.get_submodule(own)
-                _put(model, module, held, value if held in module._buffers else nn.Parameter(value, False))
+                buffer = held in model.get_submodule(own)._buffers
+                _put(model, own, held, value if buffer else nn.Parameter(value, False))
         yield
     finally:
         for own, held, present in reversed(before):
-            _put(model, model.get_submodule(own), held, present)
+            _put(model, own, held, present)
 
 
 class Removed(nn.Module):
@@ -169,6 +198,42 @@ def _resize(module: nn.Module, weight: Tensor) -> None:
         module.num_features = weight.shape[0]  # type: ignore[assignment]
 
 
+_HEADS = ("num_attention_heads", "num_heads", "n_heads")
+"""What attentions call the number of their heads."""
+_CHANNELS = ("all_head_size",)
+"""What they call the channels of all heads together."""
+
+
+def heads(module: nn.Module) -> int:
+    """How many heads an attention says it has whose projections are linear layers of its own; 0 for any other."""
+    counts = [n for name in _HEADS if isinstance(n := getattr(module, name, None), int)]
+    return counts[0] if counts and len(_projected(module)) > 1 else 0
+
+
+def _projected(attention: nn.Module) -> list[int]:
+    """Outputs of its linear layers."""
+    layers = (child.original if isinstance(child, Removed) else child for child in attention.children())
+    return [layer.out_features for layer in layers if isinstance(layer, nn.Linear)]
+
+
+def _head_size(attention: nn.Module) -> int:
+    """Channels of a head, as remembered on the module from when no head was gone; 0 for what is no attention."""
+    count = heads(attention)
+    if count and "_head_size" not in attention.__dict__:
+        channels = mode(_projected(attention))
+        attention.__dict__["_head_size"] = 0 if channels % count else channels // count
+    return int(attention.__dict__.get("_head_size", 0))
+
+
+def _recount(attention: nn.Module, size: int) -> None:
+    """As many heads as most projections hold: query, key and value against that of the outputs, which keeps its own."""
+    channels = mode(_projected(attention))
+    for names, value in ((_HEADS, channels // size), (_CHANNELS, channels)):
+        for name in names:
+            if isinstance(getattr(attention, name, None), int):
+                setattr(attention, name, value)
+
+
 def without(model: nn.Module, modules: Iterable[str]) -> None:
     """Replace each named module by the identity, under every name it has."""
     gone = {id(model.get_submodule(name)) for name in modules}
@@ -199,8 +264,10 @@ def foreign_state(model: nn.Module) -> list[str]:
 
 
 def _dtype(value: Tensor) -> str:
-    if value.is_floating_point() and not bool(torch.isfinite(round_to_half(value.detach().float().cpu())).all()):
-        return "exact"
+    if value.is_floating_point() and value.numel():
+        extremes = torch.stack(torch.aminmax(value.detach().float().cpu()))
+        if not bool(torch.isfinite(round_to_half(extremes)).all()):
+            return "exact"
     return str(value.dtype).removeprefix("torch.")
 
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from autocompress.errors import TaskError
 from autocompress.graph import Graph, Group, Layer, Member
+from autocompress.memory import trim
 from autocompress.opaque import RECURRENT, opaque
 from autocompress.precise import Doubles
-from autocompress.surgery import fold_scale, foreign_state, lent, shadow, tensors_of, without
+from autocompress.surgery import fold_scale, foreign_state, heads, lent, shadow, tensors_of, without
 from autocompress.task import call, few, first_input, length, mapped, tensors
 
 COMPRESSIBLE: dict[type[nn.Module], str] = {
@@ -82,7 +83,9 @@ class _Subject:
 
     def outputs(self, values: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         with torch.no_grad(), lent(self.model, values or {}), Doubles() if self.lean else nullcontext():
-            return [t.double() for t in tensors(call(self.model, self.inputs))]
+            found = [t.double() for t in tensors(call(self.model, self.inputs))]
+        trim()
+        return found
 
     @cached_property
     def dense(self) -> list[Tensor]:
@@ -300,8 +303,7 @@ def _groups(
     if not groups:
         return (), ("no channels can be pruned: the outputs are detached from the weights, so nothing can be traced",)
     groups = _without_conflicts(groups, model, calls)
-    reasons = _reasons(subject, [group for group in groups if not group.frozen])
-    groups = [replace(group, frozen=group.frozen or reasons.get(group.name, "")) for group in groups]
+    groups = _tried(subject, groups)
     going = _removable(subject, [g for g in groups if not g.frozen and _may_go(g, subject, nodes)])
     return tuple(replace(group, removable=group.name in going) for group in groups), ()
 
@@ -455,6 +457,34 @@ def _conflict(
         if any(owners[member.tensor, member.dim, i] > 1 for c in member.index for i in c):
             return f"{member.tensor} also belongs to another group along the same channels"
     return ""
+
+
+def _tried(subject: _Subject, groups: Sequence[Group]) -> list[Group]:
+    """The groups with why they cannot be pruned, after trying; an attention's heads go whole, if they can."""
+    whole = [_in_heads(group, subject.model) for group in groups]
+    reasons = _reasons(subject, [group for group in whole if not group.frozen])
+    again = [g for g, w in zip(groups, whole, strict=True) if g is not w and reasons.get(g.name)]
+    reasons |= _reasons(subject, again)
+    found = [group if group in again else other for group, other in zip(groups, whole, strict=True)]
+    return [replace(group, frozen=group.frozen or reasons.get(group.name, "")) for group in found]
+
+
+def _in_heads(group: Group, model: nn.Module) -> Group:
+    """The group with heads in place of channels, if it holds the projections of one attention; else as it is."""
+    owners = {member.tensor.rpartition(".")[0] for member in group.producers}
+    parents = {owner.rpartition(".")[0] for owner in owners}
+    count = heads(model.get_submodule(parents.pop())) if len(parents) == 1 and len(owners) > 1 else 0
+    if group.frozen or count < 2 or group.channels % count:
+        return group
+    size = group.channels // count
+    members = [
+        replace(
+            m,
+            index=tuple(tuple(i for c in m.index[at : at + size] for i in c) for at in range(0, group.channels, size)),
+        )
+        for m in group.members
+    ]
+    return replace(group, channels=count, members=tuple(members))
 
 
 def _reasons(subject: _Subject, groups: Sequence[Group]) -> dict[str, str]:

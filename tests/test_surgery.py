@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.surgery import Removed, lent, shadow
+from autocompress.surgery import Removed, hold, lent, shadow
 
 
 def model() -> nn.Sequential:
@@ -53,10 +53,25 @@ def test_all_comes_back_when_the_model_raises() -> None:
     assert torch.equal(net(x), dense)
 
 
-def test_a_shadow_has_the_tensors_but_not_the_modules() -> None:
+def test_a_shadow_has_the_weights_but_not_the_modules_or_buffers() -> None:
     net = model()
+    net.append(net[3])
     other = shadow(net).train()
     assert not net.training
-    assert all(a is b for a, b in zip(net.parameters(), other.parameters(), strict=True))
-    assert all(a is b for a, b in zip(net.buffers(), other.buffers(), strict=True))
+    assert other[4] is other[3]
     assert not set(map(id, net.modules())) & set(map(id, other.modules()))
+    assert [p.data_ptr() for p in net.parameters()] == [p.data_ptr() for p in other.parameters()]
+    assert not {b.data_ptr() for b in net.buffers()} & {b.data_ptr() for b in other.buffers()}
+
+
+def test_what_a_shadow_holds_leaves_the_original_as_it_was() -> None:
+    net = model()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    other, weight = shadow(net), torch.ones(6, 3, 3, 3)
+    hold(other, "0.weight", weight)
+    hold(other, "1.running_mean", torch.ones(6))
+    hold(other, "3.weight", torch.ones(2, 4, 1, 1))
+    assert other[0].weight.data_ptr() == weight.data_ptr()
+    assert bool((other[1].running_mean == 1).all())
+    assert other[3].in_channels == 4
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

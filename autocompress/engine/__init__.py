@@ -40,9 +40,10 @@ from autocompress.engine.reconstruct import INPUTS, Reconstruction
 from autocompress.errors import TaskError
 from autocompress.graph import Graph, Group, Layer
 from autocompress.measure.quality import screening_part
+from autocompress.memory import trim
 from autocompress.policy import LayerChoice, Policy, Solver
 from autocompress.stored import Half, Quantised, Stored, StoredModel
-from autocompress.surgery import install, without
+from autocompress.surgery import hold, install, shadow, without
 from autocompress.task import Batch, Split, Task, length, probe
 from autocompress.trace import trace
 from autocompress.trial import Curve
@@ -54,6 +55,7 @@ DATABASE_INPUTS = 1024
 NARROW_MODELS = 3
 """Models of certain widths that stay in memory, with the statistics of their layers."""
 _CACHE_BYTES = 512 * 2**20
+"""Solutions that stay in memory; a quarter of the model where that is larger than half of this."""
 _TRAINING_VERSION = 2
 """Rises when training changes, so that a checkpoint of the old one is not continued."""
 
@@ -114,9 +116,11 @@ class Workbench:
         """Loads and checks the dense model, traces it, and draws the calibration batches."""
         self.task, self.seed = task, seed
         self.teacher, self.example = probe(task)
+        trim()
         for parameter in self.teacher.parameters():
             parameter.requires_grad_(False)
         self.graph: Graph = trace(self.teacher, self.example.inputs)
+        trim()
         state = self.teacher.state_dict()
         self.state = {name: value.detach().cpu() for name, value in state.items() if isinstance(value, Tensor)}
         self.eps = {name: float(norm.eps) for name, norm in norms(self.teacher).items()}  # type: ignore[arg-type]
@@ -125,7 +129,6 @@ class Workbench:
         """Why there is no recovery training, or nothing; calibration then takes the inputs of `val`."""
         self.calibration = self._first_calibration()
         self.importance = Importance(task, self.teacher, self.graph, self.calibration, self._reconstruction)
-        self._student = copy.deepcopy(self.teacher)
         self._deployed: dict[bool, nn.Module] = {}
         self._layers: OrderedDict[Any, tuple[Stored, int]] = OrderedDict()
         self._narrow: OrderedDict[Widths, Narrow] = OrderedDict()
@@ -142,6 +145,11 @@ class Workbench:
             return found
         self._split = "val"
         return self._calibration(CALIBRATION_INPUTS)
+
+    @property
+    def _cache_bytes(self) -> int:
+        dense = self.graph.dense_bytes
+        return _CACHE_BYTES if 2 * dense <= _CACHE_BYTES else dense // 4
 
     @property
     def trainable(self) -> bool:
@@ -189,6 +197,10 @@ class Workbench:
             return float(self.task.score(model, "val"))
         return float(self.task.score_batches(model, self._validation))  # type: ignore[attr-defined]  # optional member
 
+    @cached_property
+    def _student(self) -> nn.Module:
+        return copy.deepcopy(self.teacher)
+
     def student(self, state: Mapping[str, Tensor]) -> nn.Module:
         """The resident model with its batch norms, filled with `state`, and no memory of earlier candidates."""
         counters = [name for name in self.state if name.endswith(".num_batches_tracked")]
@@ -223,13 +235,17 @@ class Workbench:
         return batches
 
     def realise(self, compressed: Compressed) -> nn.Module:
-        """The resident model as it will be deployed, filled with exactly what the file holds."""
+        """The resident model as it will be deployed, filled with exactly what the file holds.
+
+        Weights that are the dense model's share its memory, so none of its parameters may be written to.
+        """
         folds = compressed.policy.recovery.fold_bn
         if folds not in self._deployed:
-            self._deployed[folds] = copy.deepcopy(self.teacher)
+            self._deployed[folds] = shadow(self.teacher)
             without(self._deployed[folds], self.graph.folded(compressed.policy))
         model = self._deployed[folds]
-        install(model, {name: stored.dense() for name, stored in compressed.tensors.items()})
+        for name, stored in compressed.tensors.items():
+            hold(model, name, stored.dense())
         return model.eval()
 
     @cached_property
@@ -318,8 +334,8 @@ class Workbench:
                 stored = model.database.solve(narrow, choice)
             else:
                 stored = quantise(weight, choice, magnitude_mask(weight, choice.zeros(weight.numel())))
-            self._layers[key] = stored, weight.numel() * (2 if isinstance(stored, Quantised) else 5)
-            while sum(size for _, size in self._layers.values()) > _CACHE_BYTES and len(self._layers) > 1:
+            self._layers[key] = stored, _memory(stored, weight)
+            while sum(size for _, size in self._layers.values()) > self._cache_bytes and len(self._layers) > 1:
                 self._layers.popitem(last=False)
         self._layers.move_to_end(key)
         return self._layers[key][0]
@@ -338,6 +354,12 @@ class Workbench:
         if all(choice.bits >= 16 for _, choice in self.graph.choices(policy)):
             return {}  # nothing has codes, so nothing needs to be solved
         return _codings(self.one_shot(policy).weights)
+
+
+def _memory(stored: Stored, weight: Tensor) -> int:
+    """Bytes that `stored` takes beside the `weight` that it came from."""
+    held = (getattr(stored, name, None) for name in ("codes", "values", "mask"))
+    return sum(t.nbytes for t in held if t is not None and t.data_ptr() != weight.data_ptr())
 
 
 def _widths(kept: Mapping[str, Tensor], policy: Policy) -> Widths:

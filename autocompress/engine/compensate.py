@@ -227,10 +227,10 @@ class Factor:
 def factorise(h: Tensor) -> Factor:
     """Columns in falling order of H's diagonal, as GPTQ settles them. Raises if H is not positive definite."""
     order = h.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-    ordered = h.double().gather(-2, order.unsqueeze(-1).expand_as(h)).gather(-1, order.unsqueeze(-2).expand_as(h))
-    upper = torch.linalg.cholesky(ordered.flip(-2, -1)).flip(-2, -1)
-    unit = upper / upper.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    return Factor(order, unit.transpose(-2, -1).tril(-1).float().contiguous())
+    ordered = h.gather(-2, order.unsqueeze(-1).expand_as(h)).gather(-1, order.unsqueeze(-2).expand_as(h))
+    upper = torch.linalg.cholesky(ordered.flip(-2, -1).double()).flip(-2, -1)
+    upper /= upper.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-2)
+    return Factor(order, upper.transpose(-2, -1).tril(-1).float().contiguous())
 
 
 def with_feedback(weight: Tensor, factor: Factor, mask: Tensor, grid: Grid) -> Tensor:

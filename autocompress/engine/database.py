@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,18 +25,22 @@ from torch import Tensor, nn
 from autocompress.engine.cache import Cache, digest
 from autocompress.engine.channels import Reader, refit, removal_ranks
 from autocompress.engine.compensate import Factor, factorise, ranked, refit_scale, removal_order, solve, times
-from autocompress.engine.moments import moments
+from autocompress.engine.moments import moments, statistics_size
 from autocompress.engine.prune import Slice, magnitude_mask
-from autocompress.engine.quantize import Grid, grid_of, quantise
+from autocompress.engine.quantize import Grid, grid_of, parts, quantise
 from autocompress.graph import Graph, Layer, Member, Shape
+from autocompress.memory import trim
 from autocompress.policy import LayerChoice
+from autocompress.spill import Spill
 from autocompress.stored import Full, Half, Quantised, Stored, round_to_half
 from autocompress.task import Batch
 
 VERSION = 2
 """Raise when statistics, orders or solutions change, so that older ones on disk are not read."""
-FACTOR_BYTES = 256 * 2**20
+FACTOR_BYTES = 64 * 2**20
 """Factors of H that stay in memory for the next level of the same layers."""
+STATISTICS_BYTES = 64 * 2**20
+"""Normalised H that stay in memory: levels of one layer are solved one after the other."""
 ROWWISE_BYTES = 16 * 2**20
 """Groups are solved at once if a coupling for each of their rows takes no more, else one after the other."""
 SMALL = 2 * 10**8
@@ -50,17 +55,27 @@ Entry = Mapping[str, Tensor]
 
 def remembered_moments(
     cache: Cache, model: nn.Module, graph: Graph, batches: Sequence[Batch], seed: int
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """`moments` in single precision, from the cache if this model has seen these batches before."""
     inputs = _leaves([batch.inputs for batch in batches])
     key = digest(VERSION, seed, graph.layers, _code(model), *_leaves(model.state_dict()), *inputs)
     keys = {layer.name: f"moments-{digest(key, layer.name)}" for layer in graph.layers}
-    entries = {layer.name: _statistics(cache, keys[layer.name], layer) for layer in graph.layers}
-    if None not in entries.values():
-        return {name: h for name, h in entries.items() if h is not None and h.numel()}
-    found = {name: h.float() for name, h in moments(model, graph, batches, seed).items()}
+    found = Spill(4 * statistics_size(graph))
+    for layer in graph.layers:
+        h = _statistics(cache, keys[layer.name], layer)
+        if h is None:
+            break
+        if h.numel():
+            found[layer.name] = h
+    else:
+        return found
+    seen, found = moments(model, graph, batches, seed), Spill(4 * statistics_size(graph))
+    trim()
     for name, entry in keys.items():  # an empty one says that the model never calls this layer
-        cache.write(entry, {"h": found.get(name, torch.zeros(0))})
+        h = seen[name].float() if name in seen else torch.zeros(0)
+        cache.write(entry, {"h": h})
+        if name in seen:
+            found[name] = h
     return found
 
 
@@ -98,7 +113,8 @@ def _statistics(cache: Cache, key: str, layer: Layer) -> Tensor | None:
 
 def _normalised(name: str, h: Tensor) -> Tensor | None:
     """H scaled to a mean diagonal of 1, which changes no solution; None, with a warning, where it is of no use."""
-    scaled = (h.double() / (h if h.ndim == 1 else h.diagonal(dim1=1, dim2=2)).double().mean()).float()
+    mean = (h if h.ndim == 1 else h.diagonal(dim1=1, dim2=2)).double().mean()
+    scaled = (h.to(torch.float64, copy=True).div_(mean)).float()
     usable = bool(torch.isfinite(scaled).all())
     if usable and h.ndim == 1:
         usable = bool((scaled > 0).all())
@@ -191,7 +207,8 @@ class LayerDatabase:
     def __init__(self, state: Mapping[str, Tensor], h: Mapping[str, Tensor], cache: Cache | None = None) -> None:
         """`h` as `moments` gives it; layers without a usable one are rounded to nearest."""
         self._state, self._given, self._cache = state, h, cache
-        self._h: dict[str, Tensor | None] = {}
+        self._h: OrderedDict[str, Tensor | None] = OrderedDict()
+        self._known: dict[str, bool] = {}
         self._keys: dict[str, str] = {}
         self._ranks: dict[str, Tensor] = {}
         self._factors: OrderedDict[tuple[str, int], Factor] = OrderedDict()
@@ -200,7 +217,9 @@ class LayerDatabase:
 
     def knows(self, layer: Layer) -> bool:
         """Whether there are usable statistics for this layer."""
-        return self.statistics(layer) is not None
+        if layer.name not in self._known:
+            self._known[layer.name] = self.statistics(layer) is not None
+        return self._known[layer.name]
 
     def solve(self, layer: Layer, choice: LayerChoice) -> Stored:
         """The layer's weight under `choice`."""
@@ -218,6 +237,8 @@ class LayerDatabase:
                 stored = _stored(entry, layer, choice)
                 self._errors[layer.name, choice] = self.error(layer, stored)
             self._write(key, {**entry, "error": torch.tensor([self._errors[layer.name, choice]], dtype=torch.float64)})
+            if weight.numel() * h.shape[-1] > SMALL:
+                trim()
         return stored
 
     def packed(self, levels: Iterable[tuple[Layer, LayerChoice]], limit: int) -> dict[str, bytes]:
@@ -282,7 +303,9 @@ class LayerDatabase:
         if layer.name not in self._powers:
             self._powers[layer.name] = self._power(layer, weight)
         power = self._powers[layer.name]
-        return self._power(layer, stored.dense() - weight) / power if power > 0 else 0.0
+        gap = stored.dense()
+        gap = gap.sub_(weight) if isinstance(stored, Quantised) else gap - weight
+        return self._power(layer, gap) / power if power > 0 else 0.0
 
     def error_of(self, layer: Layer, choice: LayerChoice) -> float:
         """`error` of `solve(layer, choice)`, remembered with the solution."""
@@ -295,10 +318,12 @@ class LayerDatabase:
     def _power(self, layer: Layer, weight: Tensor) -> float:
         """tr(W H W^T), in single precision but for the last sum."""
         h, rows = self.statistics(layer), weight.flatten(1)
-        if h is None:
-            return float(rows.square().sum(dtype=torch.float64))
-        if h.ndim == 1:
-            return float((rows.square() * h[:, None]).sum(dtype=torch.float64))
+        if h is None or h.ndim == 1:
+            weighs = torch.ones(1).expand(len(rows)) if h is None else h
+            some = (
+                (part.square() * weighs[start:end, None]).sum(dtype=torch.float64) for start, end, part in parts(rows)
+            )
+            return math.fsum(map(float, some))
         return max(0.0, float((times(rows, h) * rows).sum(dtype=torch.float64)))
 
     def statistics(self, layer: Layer) -> Tensor | None:
@@ -306,6 +331,9 @@ class LayerDatabase:
         if layer.name not in self._h:
             given = self._given.get(layer.name)
             self._h[layer.name] = None if given is None else _normalised(layer.name, given)
+            while sum(h.nbytes for h in self._h.values() if h is not None) > STATISTICS_BYTES and len(self._h) > 1:
+                self._h.popitem(last=False)
+        self._h.move_to_end(layer.name)
         return self._h[layer.name]
 
     def _solved(self, layer: Layer, h: Tensor, choice: LayerChoice) -> dict[str, Tensor]:
@@ -404,10 +432,19 @@ def _by_frequency(layer: Layer, weight: Tensor, frequency: Tensor, choice: Layer
         mask = ranked((weight.double().square() * frequency[:, None]).flatten()).reshape(weight.shape) >= zeros
     if choice.bits >= 16:
         return quantise(weight, choice, mask if zeros else None)
-    kept = weight.float() * mask
+    kept = weight.float() * mask if zeros else weight.float()
     grid = grid_of(kept, choice)
+    settled = [
+        _settled(part, mask[start:end], replace(grid, scale=grid.scale[start:end], zero=grid.zero[start:end]))
+        for start, end, part in parts(kept)
+    ]
+    codes, scale = (torch.cat(values) for values in zip(*settled, strict=True))
+    return _stored(_entry(codes, replace(grid, scale=scale), mask, choice), layer, choice)
+
+
+def _settled(rows: Tensor, mask: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Codes (out, n) uint8 and scale (out,) of rows whose weights are independent, each the best for the other."""
     for _ in range(REFITS):
-        codes = torch.where(mask, grid.encode(kept), grid.zero[:, None])
-        grid = refit_scale(codes, kept, None, grid)
-    codes = torch.where(mask, grid.encode(kept), grid.zero[:, None])
-    return _stored(_entry(codes, grid, mask, choice), layer, choice)
+        codes = torch.where(mask, grid.encode(rows), grid.zero[:, None])
+        grid = refit_scale(codes, rows, None, grid)
+    return torch.where(mask, grid.encode(rows), grid.zero[:, None]).to(torch.uint8), grid.scale

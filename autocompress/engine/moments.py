@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from autocompress.engine.recurrence import columns
 from autocompress.graph import Graph
+from autocompress.spill import Spill
 from autocompress.task import Batch, call, first_input, to_device
 
 COLUMNS_PER_INPUT = 300
@@ -65,14 +67,14 @@ def _unravel(index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.unravel_index(index, shape))
 
 
-def moments(model: nn.Module, graph: Graph, batches: Iterable[Batch], seed: int) -> dict[str, Tensor]:
+def moments(model: nn.Module, graph: Graph, batches: Iterable[Batch], seed: int) -> Spill:
     """H of every layer that the model calls, damped, float64: (groups, d, d), and (rows,) of an embedding.
 
     A random sample of positions stands for all of them, scaled to their number. Matrices of a recurrent module that
     computes something of its own are left out, with a warning.
     """
     batches = list(batches)
-    sums = _Sums(torch.Generator().manual_seed(seed), len(batches))
+    sums = _Sums(torch.Generator().manual_seed(seed), len(batches), 8 * statistics_size(graph))
     handles = [
         model.get_submodule(layer.name).register_forward_pre_hook(_recorder(layer.name, sums), with_kwargs=True)
         for layer in graph.layers
@@ -94,18 +96,26 @@ def moments(model: nn.Module, graph: Graph, batches: Iterable[Batch], seed: int)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: damped(value) for name, value in sums.found.items()}
+    for name in sums.found:
+        sums.found[name] = damped(sums.found[name])
+    return sums.found
+
+
+def statistics_size(graph: Graph) -> int:
+    """Numbers in the H of all layers, and in the frequencies of embeddings."""
+    return sum(x.shape[0] if x.kind == "embedding" else x.groups * prod(x.shape[1:]) ** 2 for x in graph.layers)
 
 
 class _Sums:
     """Sums over the batches, by layer."""
 
-    def __init__(self, generator: torch.Generator, batches: int) -> None:
+    def __init__(self, generator: torch.Generator, batches: int, expected: int) -> None:
+        """`expected` bytes in all."""
         self._generator, self._batches = generator, batches
-        self.found: dict[str, Tensor] = {}
+        self.found = Spill(expected)
 
     def add(self, name: str, seen: Tensor) -> None:
-        self.found[name] = self.found[name] + seen if name in self.found else seen
+        self.found[name] = self.found[name].add_(seen) if name in self.found else seen
 
     def add_products(self, name: str, windows: Tensor, positions: int, groups: int = 1) -> None:
         """Sum of x x^T (groups, d, d) float64 over a sample of this batch's columns, scaled to all of them."""
@@ -115,11 +125,11 @@ class _Sums:
         chosen = torch.arange(total)
         if total > limit:
             chosen = torch.randint(0, total, (limit,), generator=self._generator)
-        summed = torch.zeros((), dtype=torch.float64)
+        summed = torch.zeros(groups, d, d, dtype=torch.float64)
         for part in torch.split(chosen, max(1, CHUNK_BYTES // (4 * windows.shape[positions:].numel()))):
             x = _picked(windows, positions, groups, part.to(windows.device))
-            summed = summed + (x @ x.transpose(1, 2)).double().cpu()
-        self.add(name, summed * (total / len(chosen)))
+            summed += (x @ x.transpose(1, 2)).cpu()
+        self.add(name, summed.mul_(total / len(chosen)))
 
 
 def _recorder(name: str, sums: _Sums) -> Callable[..., None]:
@@ -155,4 +165,6 @@ def damped(h: Tensor) -> Tensor:
         return h + (h.mean() * DAMPING).clamp_min(1e-12)
     diagonal = h.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(dim=1, keepdim=True).clamp_min(1e-12)
-    return h + torch.diag_embed(torch.ones_like(diagonal) * mean * DAMPING)
+    found = h.clone()
+    found.diagonal(dim1=1, dim2=2).add_(mean * DAMPING)
+    return found

@@ -8,6 +8,7 @@ has the points -scale and +scale, and zero for pruned weights alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from autocompress.policy import LayerChoice
 from autocompress.stored import Full, Half, Quantised, Stored, half_exponent, round_to_half
 
+PART_SIZE = 2**22
+"""Most weights whose grids are sought at once: temporary copies take several times as much memory."""
 CLIPPING = tuple(1.0 - 0.04 * step for step in range(20))
 """Shares of the full range that are tried; the one with the least squared error wins (LAPQ-style clipping)."""
 
@@ -44,7 +47,7 @@ class Grid:
         scale, zero = self._rows(weight)
         if self.bits == 1:
             return 2.0 * (weight / _divisor(scale) >= 0)
-        return (torch.round(weight / _divisor(scale)) + zero).clamp(0, 2**self.bits - 1)
+        return (weight / _divisor(scale)).round_().add_(zero).clamp_(0, 2**self.bits - 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Weights of `codes`."""
@@ -74,7 +77,8 @@ def _equal_steps(weight: Tensor, choice: LayerChoice, importance: Tensor | None)
         weighs = (importance.mean(dim=1) / importance.mean()).clamp_min(torch.finfo(rows.dtype).tiny)
     size = (rows.square().mean(dim=1) * weighs).double().mean().sqrt().float()
     reach = 2 ** (choice.width - 1)
-    scale = torch.maximum(size * 2.0 ** (2 - choice.bits) * weighs.rsqrt(), rows.abs().amax(dim=1) / (reach - 1))
+    largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1))
+    scale = torch.maximum(size * 2.0 ** (2 - choice.bits) * weighs.rsqrt(), largest / (reach - 1))
     return Grid(round_to_half(scale), torch.full_like(scale, reach), choice.width, True)
 
 
@@ -88,7 +92,24 @@ def fit_grid(weight: Tensor, bits: int, *, symmetric: bool, importance: Tensor |
     if bits == 1:
         return _binary(rows, torch.ones_like(rows[:1]) if importance is None else importance)
     unit = 2.0 ** -half_exponent(rows)  # so that squared errors neither overflow nor vanish
-    rows = rows / unit
+    weighs = None if importance is None else importance.expand(len(rows), -1)
+    grids = [
+        _clipped(part / unit, bits, symmetric=symmetric, importance=None if weighs is None else weighs[start:end])
+        for start, end, part in parts(rows)
+    ]
+    scale, zero = (torch.cat(values) for values in zip(*grids, strict=True))
+    return Grid(round_to_half(scale * unit), zero, bits, symmetric)
+
+
+def parts(rows: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows (out, n) of a large weight some at a time, with where they start and end; all at once of any other."""
+    step = max(1, PART_SIZE // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        yield start, start + step, rows[start : start + step]
+
+
+def _clipped(rows: Tensor, bits: int, *, symmetric: bool, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scale (out,) and zero (out,) of least squared error; `importance` (out, n)."""
     best_error = torch.full((len(rows),), float("inf"), device=rows.device)
     best_scale, best_zero = torch.ones_like(best_error), torch.zeros_like(best_error)
     for share in CLIPPING if bits < 8 else CLIPPING[:5]:
@@ -99,7 +120,7 @@ def fit_grid(weight: Tensor, bits: int, *, symmetric: bool, importance: Tensor |
         best_error = torch.where(wins, error, best_error)
         best_scale = torch.where(wins, grid.scale, best_scale)
         best_zero = torch.where(wins, grid.zero, best_zero)
-    return Grid(round_to_half(best_scale * unit), best_zero, bits, symmetric)
+    return best_scale, best_zero
 
 
 def _binary(rows: Tensor, importance: Tensor) -> Grid:
@@ -134,11 +155,12 @@ def _divisor(scale: Tensor) -> Tensor:
 def quantise(weight: Tensor, choice: LayerChoice, mask: Tensor | None, grid: Grid | None = None) -> Stored:
     """`weight` (out, ...) as the file holds it: pruned by `mask`, then on `grid` or the best grid of `choice`.
 
+    At 32 bits without a mask that is the very memory of `weight`, which nobody may write to.
     A weight without elements, as removed layers have, needs no grid.
     """
     if not weight.numel():
         return Full(weight.detach().float().clone())
-    weight = weight.detach().float().clone() if mask is None else weight.detach().float() * mask
+    weight = weight.detach().float() if mask is None else weight.detach().float() * mask
     if choice.bits == 32:
         return Full(weight, mask)
     if choice.bits == 16:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from autocompress import spill
 from autocompress.engine import database
 from autocompress.engine.cache import Cache, digest
 from autocompress.engine.database import LayerDatabase, remembered_moments
@@ -265,6 +266,19 @@ def model(activation: nn.Module | None = None) -> tuple[nn.Sequential, Graph]:
 
 def batches(seed: int = 0) -> list[Batch]:
     return [Batch(randn(6, 4, seed=seed + i), None) for i in range(2)]
+
+
+def test_statistics_too_large_for_memory_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = remembered_moments(Cache(tmp_path / "a"), *model(), batches(), 0)
+    monkeypatch.setattr(spill, "LIMIT_BYTES", 0)
+    monkeypatch.setenv("AUTOCOMPRESS_CACHE", str(tmp_path))
+    found = remembered_moments(Cache(tmp_path / "b"), *model(), batches(), 0)
+    again = remembered_moments(Cache(tmp_path / "b"), *model(), batches(), 0)
+    assert set(usual) == set(found) == set(again)
+    for name, h in usual.items():
+        assert torch.equal(found[name], h)
+        assert torch.equal(again[name], h)
+        assert found[name].data_ptr() != found[name].data_ptr()  # read anew each time
 
 
 def test_the_calibration_pass_runs_once_for_the_same_model_and_inputs(tmp_path: Path, solved: list[str]) -> None:
