@@ -20,13 +20,16 @@ RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 def opaque(model: nn.Module) -> Iterator[set[type[nn.Module]]]:
     """Inside, recurrent modules are one node of the autograd graph each; gives their classes."""
     found = [module for module in model.modules() if isinstance(module, RECURRENT)]
+    before = [vars(module).get("forward") for module in found]
     try:
         for module in found:
             module.forward = _as_one_node(module.forward, list(module.parameters()))
         yield {type(module) for module in found}
     finally:
-        for module in found:
+        for module, own in zip(found, before, strict=True):
             del module.forward
+            if own is not None:
+                module.forward = own
 
 
 def _as_one_node(forward: Callable[..., Any], own: list[nn.Parameter]) -> Callable[..., Any]:

@@ -73,8 +73,8 @@ class Exported:
     """A network's skeleton, which holds the model's own tensors, and the structure of what it returns.
 
     `general` says whether it computes with whatever tensors it is filled with. Not so where the exporter computed with
-    their values, as an LSTM's that projects: then it stands for the exported model only. `plain` is the model as
-    the exporter leaves it, in single precision: what its user would run without this package.
+    their values: then it stands for the exported model only. `plain` is the model as the exporter leaves it, but that
+    recurrent weights are put together on loading, in single precision: what its user would run without this package.
     """
 
     skeleton: Skeleton

@@ -4,7 +4,7 @@
     autocompress search docs/examples/sequences.py:gru --budget size=10%
 
 `:cnn` is the convolutional network. Nothing is downloaded and aeon is not imported: the data is a text file in its
-folder. The first use trains the network (seeded, about a minute on one core) and keeps it in the user's cache folder.
+folder. The first use trains the network (seeded, 20 seconds on one core) and keeps it in the user's cache folder.
 """
 
 from __future__ import annotations

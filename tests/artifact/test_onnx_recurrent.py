@@ -13,6 +13,7 @@ from autocompress import ClassificationTask, LayerChoice, Policy, Workbench, com
 from autocompress.artifact import onnx as artifact
 from autocompress.artifact.onnx import About, Candidate, Exporter
 from autocompress.artifact.onnx_graph import operators
+from autocompress.errors import ExportError
 from autocompress.runtime import session
 
 ABOUT = About("task", "accuracy", "0123456789abcdef", 0.5)
@@ -29,10 +30,23 @@ class Classifier(nn.Module):
         return self.head(self.rnn(x)[0].mean(dim=1))
 
 
+class Stepped(Classifier):
+    """The same with a cell, and of the last state."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for step in x.unbind(1):
+            state = self.rnn(step, state)
+        assert state is not None
+        return self.head(state[0])
+
+
 BUILD: dict[str, Callable[[], nn.Module]] = {
     "GRU": lambda: Classifier(nn.GRU(5, 24, num_layers=2, bidirectional=True, batch_first=True), 48),
     "LSTM": lambda: Classifier(nn.LSTM(5, 48, batch_first=True, bias=False), 48),
     "RNN": lambda: Classifier(nn.RNN(5, 24, batch_first=True), 24),
+    "projected": lambda: Classifier(nn.LSTM(5, 24, batch_first=True, proj_size=7), 7),
+    "cell": lambda: Stepped(nn.LSTMCell(5, 24), 24),
 }
 
 
@@ -52,7 +66,13 @@ def policy(bench: Workbench, bits: int, sparsity: float, activations: int) -> Po
     return Policy({x.name: LayerChoice(bits, sparsity) for x in bench.graph.layers}, activations=activations)
 
 
-@pytest.mark.parametrize("kind", ["GRU", pytest.param("LSTM", marks=pytest.mark.slow), "RNN"])
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+def test_a_projection_which_the_operator_does_not_know_is_refused() -> None:
+    with pytest.raises(ExportError, match="LSTM"):
+        opened("projected")
+
+
+@pytest.mark.parametrize("kind", ["GRU", *(pytest.param(x, marks=pytest.mark.slow) for x in ("LSTM", "RNN", "cell"))])
 def test_a_file_computes_what_the_model_does_with_each_matrix_stored_small(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -68,8 +88,8 @@ def test_a_file_computes_what_the_model_does_with_each_matrix_stored_small(
         tolerance = 1e-5 if activations == 32 else 0.05  # the classifier's integer kernel rounds its inputs
         assert float((found - wanted).abs().max()) < tolerance * float(wanted.abs().max().clamp_min(0.1))
         sizes[bits] = len(content)
-        assert operators(onnx.load_from_string(content))[kind] == {"GRU": 2, "LSTM": 1, "RNN": 0}[kind]
-    if kind == "RNN":  # which the exporter unrolls: a node for each step
+        assert operators(onnx.load_from_string(content))[kind] == {"GRU": 2, "LSTM": 1}.get(kind, 0)
+    if kind not in ("GRU", "LSTM"):  # a node for each step
         return
     weights = sum(layer.shape[0] * layer.shape[1] for layer in bench.graph.layers)
     assert sizes[32] - sizes[8] > 2.5 * weights  # a scale for each row, and a few nodes for each matrix
