@@ -48,9 +48,9 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert (path.parent / target).exists(), target
 
 
-def test_the_example_space_is_one() -> None:
-    (text,) = block("space.md", "toml")
-    assert parse_space(text, "docs/space.md").override[0].match == "classifier*"
+def test_the_example_spaces_are_spaces() -> None:
+    spaces = [parse_space(text, "docs/space.md") for text in block("space.md", "toml")]
+    assert spaces[0].override[0].match == "classifier*"
 
 
 def test_the_example_tasks_are_tasks() -> None:

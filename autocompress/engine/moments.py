@@ -117,7 +117,7 @@ class _Sums:
     def add(self, name: str, seen: Tensor) -> None:
         self.found[name] = self.found[name].add_(seen) if name in self.found else seen
 
-    def add_products(self, name: str, windows: Tensor, positions: int, groups: int = 1) -> None:
+    def products(self, windows: Tensor, positions: int, groups: int = 1) -> Tensor:
         """Sum of x x^T (groups, d, d) float64 over a sample of this batch's columns, scaled to all of them."""
         total = windows.shape[:positions].numel()
         d = windows.shape[positions:].numel() // groups
@@ -129,7 +129,7 @@ class _Sums:
         for part in torch.split(chosen, max(1, CHUNK_BYTES // (4 * windows.shape[positions:].numel()))):
             x = _picked(windows, positions, groups, part.to(windows.device))
             summed += (x @ x.transpose(1, 2)).cpu()
-        self.add(name, summed.mul_(total / len(chosen)))
+        return summed.mul_(total / len(chosen))
 
 
 def _recorder(name: str, sums: _Sums) -> Callable[..., None]:
@@ -138,7 +138,8 @@ def _recorder(name: str, sums: _Sums) -> Callable[..., None]:
         if isinstance(module, nn.Embedding):
             sums.add(name, torch.bincount(x.flatten(), minlength=module.num_embeddings).double().cpu())
         else:
-            sums.add_products(name, *_windows(module, x.float()), int(getattr(module, "groups", 1)))
+            groups = int(getattr(module, "groups", 1))
+            sums.add(name, sums.products(*_windows(module, x.float()), groups))
 
     return record
 
@@ -150,11 +151,12 @@ def _recurrent_recorder(layers: Mapping[str, str], sums: _Sums) -> Callable[...,
         assert isinstance(module, nn.RNNBase | nn.RNNCellBase)
         try:
             met = columns(module, (given, named), output)
+            seen = {layers[name]: sums.products(rows, 1) for name, rows in met if name in layers}
         except Exception as error:  # whatever comes of a subclass with a forward pass of its own
             warnings.warn(f"layers {', '.join(layers.values())} are rounded to nearest: {error}", stacklevel=2)
             return
-        for parameter, name in layers.items():
-            sums.add_products(name, met[parameter], 1)
+        for name, products in seen.items():
+            sums.add(name, products)
 
     return record
 

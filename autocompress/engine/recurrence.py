@@ -5,7 +5,7 @@ Torch's kernels show outputs alone, not the hidden state between steps. Knows no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,34 +19,35 @@ TOLERANCE = 0.01
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
-def columns(module: nn.RNNBase | nn.RNNCellBase, call: Call, output: Any) -> dict[str, Tensor]:
-    """What each matrix (out, d) of `module` was multiplied with in one call, (n, d), by the parameter's name.
+def columns(module: nn.RNNBase | nn.RNNCellBase, call: Call, output: Any) -> Iterator[tuple[str, Tensor]]:
+    """What each matrix (out, d) of `module` was multiplied with in one call, (n, d), after the parameter's name.
 
-    `call` is what it was called with, `output` what it gave, in evaluation mode. Raises `ValueError` if that is not
-    what its recurrence gives, as in a subclass that computes something else.
+    One after the other, as all of them may be large. `call` is what the module was called with, `output` what it gave,
+    in evaluation mode. Raises `ValueError` in the end if that is not what its recurrence gives, as in a subclass that
+    computes something else.
     """
     given = dict(zip(("input", "hx"), call[0], strict=False)) | dict(call[1])
     if isinstance(module, nn.RNNCellBase):
-        return _of_cell(module, given["input"], given.get("hx"))
-    found, outputs = _of_sequence(module, given["input"], given.get("hx"))
+        yield from _of_cell(module, given["input"], given.get("hx"))
+        return
+    outputs = yield from _of_sequence(module, given["input"], given.get("hx"))
     wanted = torch.cat(_steps(module, output[0]))
     if not float((outputs - wanted).abs().max()) <= TOLERANCE * float(wanted.abs().max()):
         raise ValueError("its outputs are not those of its recurrence")
-    return found
 
 
-def _of_cell(cell: nn.RNNCellBase, x: Tensor, hx: Any) -> dict[str, Tensor]:
+def _of_cell(cell: nn.RNNCellBase, x: Tensor, hx: Any) -> Iterator[tuple[str, Tensor]]:
     x = x.float().reshape(-1, cell.input_size)
     h = hx[0] if isinstance(hx, tuple | list) else hx
     hidden = x.new_zeros(len(x), cell.hidden_size) if h is None else h.float().reshape(-1, cell.hidden_size)
-    return {"weight_ih": x, "weight_hh": hidden}
+    yield "weight_ih", x
+    yield "weight_hh", hidden
 
 
-def _of_sequence(module: nn.RNNBase, x: Any, hx: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """The columns, and the outputs (rows, features), all examples of a step before those of the next."""
+def _of_sequence(module: nn.RNNBase, x: Any, hx: Any) -> Generator[tuple[str, Tensor], None, Tensor]:
+    """The columns; returns the outputs (rows, features), all examples of a step before those of the next."""
     steps = _steps(module, x)
     h0, c0 = _start(module, steps[0], hx, getattr(x, "sorted_indices", None))
-    found: dict[str, Tensor] = {}
     directions = ("", "_reverse") if module.bidirectional else ("",)
     for layer in range(module.num_layers):
         outputs = []
@@ -54,9 +55,9 @@ def _of_sequence(module: nn.RNNBase, x: Any, hx: Any) -> tuple[dict[str, Tensor]
             at = layer * len(directions) + direction
             run = _Run(module, f"_l{layer}{suffix}")
             outputs.append(run.through(steps, h0[at], c0[at]))
-            found |= run.columns()
+            yield from run.columns()
         steps = [torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True)]
-    return found, torch.cat(steps)
+    return torch.cat(steps)
 
 
 def _steps(module: nn.RNNBase, x: Any) -> list[Tensor]:
@@ -123,7 +124,8 @@ class _Run:
         self._met["weight_hr"].append(h)
         return (h if t["weight_hr"] is None else F.linear(h, t["weight_hr"])), c
 
-    def columns(self) -> dict[str, Tensor]:
-        """What was met, by the parameter's name."""
-        present = (name for name in self._met if self._tensors[name] is not None)
-        return {name + self._suffix: torch.cat(self._met[name]) for name in present}
+    def columns(self) -> Iterator[tuple[str, Tensor]]:
+        """What was met by each parameter."""
+        for name, met in self._met.items():
+            if self._tensors[name] is not None:
+                yield name + self._suffix, torch.cat(met)

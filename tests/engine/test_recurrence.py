@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from autocompress.engine.recurrence import columns
+from autocompress.engine import recurrence
 
 CELLS = {nn.GRU: nn.GRUCell, nn.LSTM: nn.LSTMCell, nn.RNN: nn.RNNCell}
 LENGTHS = [5, 2, 3]
+
+
+def columns(module: Any, call: Any, output: Any) -> dict[str, Tensor]:
+    return dict(recurrence.columns(module, call, output))
 
 
 def sequences(features: int = 3) -> Tensor:
