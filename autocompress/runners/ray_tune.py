@@ -422,10 +422,20 @@ class TrialActor(tune.Trainable):
 
     def setup(self, config: dict[str, Any], build: Any = None, clock: Any = None, levels: Any = None) -> None:
         """See `tune.Trainable`; the rest is what `RayRunner` ships."""
-        self._kit = build, clock, levels
+        self._kit, self._home = (build, clock, levels), Path.cwd()
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._evaluate: Evaluate | None = None
         self.reset_config(config)
+
+    def reset(self, new_config: dict[str, Any], storage: Any = None) -> bool:
+        """See `tune.Trainable`. First back to the shipped folder.
+
+        A raylet that joins on this machine unpacks it anew: its path is the same, but where this process stood is gone.
+        """
+        end = time.monotonic() + REACH
+        while not _entered(self._home) and time.monotonic() < end:
+            time.sleep(0.05)
+        return bool(super().reset(new_config, storage))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Another job, with the same model."""
@@ -483,6 +493,14 @@ class TrialActor(tune.Trainable):
 
     def _follow(self, step: int, total: int) -> None:
         self._step = step, total
+
+
+def _entered(folder: Path) -> bool:
+    try:
+        os.chdir(folder)
+    except OSError:  # it is being unpacked
+        return False
+    return True
 
 
 def _explained(error: Exception) -> str:
