@@ -141,6 +141,8 @@ def test_a_model_in_half_precision_is_compressed_and_recovers(dtype: torch.dtype
         outputs = bench.realise(compressed)(inputs)
         assert outputs.dtype == dtype
         assert torch.equal(reloaded(bench, compressed)(inputs), outputs)
+    with pytest.raises(ExportError, match=f"weights are {dtype}.*packed artifact"):
+        export(bench.teacher, inputs[:2], [])
 
 
 # --- with a control flow of its own -------------------------------------------------------------------------

@@ -90,6 +90,7 @@ def export(model: nn.Module, inputs: Any, weights: Iterable[str]) -> Exported:
     `ExportError`, which names the operator, for a model that ONNX cannot express.
     """
     model = model.eval()
+    _check_precision(model)
     with torch.no_grad():
         outputs = Outputs.of(call(model, inputs))
     proto, places, plain = _program(_distinct(model), inputs, model)
@@ -97,6 +98,16 @@ def export(model: nn.Module, inputs: Any, weights: Iterable[str]) -> Exported:
     if not general:
         proto, places, plain = _program(model, inputs, model)
     return Exported(Skeleton(proto, places, _computed(proto, places, weights)), outputs, general, plain)
+
+
+def _check_precision(model: nn.Module) -> None:
+    """Raise `ExportError` for a model whose weights are not in single precision, as those of the file are."""
+    others = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    if others:
+        raise ExportError(
+            f"the model's weights are {', '.join(sorted(map(str, others)))}, and .onnx files compute in single "
+            "precision: let the task give model.float() and inputs of that type, or take the packed artifact"
+        )
 
 
 def _computed(proto: onnx.ModelProto, places: Mapping[str, Place], weights: Iterable[str]) -> dict[str, str]:
