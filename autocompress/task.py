@@ -474,11 +474,12 @@ def eager(model: nn.Module) -> nn.Module:
     """`model` without `torch.compile`, in place: what that wraps has other names, and cannot be taken apart."""
     while "_orig_mod" in model._modules:
         model = cast(nn.Module, model._modules["_orig_mod"])
-    for name, child in list(model.named_children()):
-        inner = eager(child)
+    for name, child in list(model._modules.items()):  # a shared one under each of its names
+        inner = child if child is None else eager(child)
         if inner is not child:
             setattr(model, name, inner)
-    model._compiled_call_impl = None
+    if model._compiled_call_impl is not None:
+        model._compiled_call_impl = None
     return model
 
 

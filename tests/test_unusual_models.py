@@ -104,8 +104,10 @@ def test_compiled_parts_are_taken_as_they_were() -> None:
     plain = Small().eval()
     names = [name for name, _ in plain.named_parameters()]
     plain.b, plain.rnn = torch.compile(plain.b), torch.compile(plain.rnn)
+    plain.again = plain.b
     plain.head.compile()
     found = eager(plain)
+    assert found.again is found.b
     assert [name for name, _ in found.named_parameters()] == names
     assert all(module._compiled_call_impl is None for module in found.modules())
 
