@@ -19,6 +19,7 @@ SYMBOLS_PER_BYTE = 512
 """Longer runs are not written as a stream, so that a short file cannot ask for a large tensor."""
 LEVELS = 64
 """A symbol's frequency is one of so many levels, four to an octave."""
+_AT_ONCE = 2**20
 _SUM = 2**16
 _WEIGHTS = np.array([(256, 304, 362, 431)[level % 4] << level // 4 for level in range(LEVELS)])
 _STEPS = np.array([_SUM // (2 + min(step, LEVELS - step)) ** 2 for step in range(LEVELS)])
@@ -32,13 +33,22 @@ def alphabet(bits: int) -> int:
 
 def encode(symbols: Integers, bits: int) -> bytes:
     """The stream of `symbols`, flat uint8 below `alphabet(bits)`: first the frequency table, then they."""
-    counts = np.bincount(symbols, minlength=alphabet(bits))
+    counts = sum(
+        (np.bincount(part, minlength=alphabet(bits)) for part in _parts(symbols)), np.zeros(alphabet(bits), int)
+    )
     levels = _levels(counts)
     steps = np.diff(levels[_order(len(levels))], prepend=LEVELS - 1) % LEVELS
     coder = constriction.stream.stack.AnsCoder()
-    coder.encode_reverse(symbols.astype(np.int32), _model(_WEIGHTS[levels]))
+    model = _model(_WEIGHTS[levels])
+    for part in reversed(_parts(symbols)):
+        coder.encode_reverse(part.astype(np.int32), model)
     coder.encode_reverse(steps.astype(np.int32), _model(_STEPS))
     return bytes(coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0"))
+
+
+def _parts(symbols: Integers) -> list[Integers]:
+    """The symbols, some at a time: the coder takes integers of four bytes, and counting ones of eight."""
+    return [symbols[at : at + _AT_ONCE] for at in range(0, len(symbols), _AT_ONCE)]
 
 
 def decode(content: bytes, bits: int, count: int) -> Integers:

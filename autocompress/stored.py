@@ -35,11 +35,12 @@ class Quantised:
 
     def steps(self) -> Tensor:
         """Codes counted from the zero point, int16."""
-        return self.codes.to(torch.int16) - self.zero.to(torch.int16).reshape(-1, *[1] * (self.codes.ndim - 1))
+        zero = self.zero.to(torch.int16).reshape(-1, *[1] * (self.codes.ndim - 1))
+        return self.codes.to(torch.int16).sub_(zero)
 
     def symbols(self) -> Tensor:
         """What is entropy coded, flat uint8: `steps` modulo the number of codes, so 0 is zero."""
-        return (self.steps() % alphabet(self.bits)).to(torch.uint8).flatten()
+        return self.steps().remainder_(alphabet(self.bits)).to(torch.uint8).flatten()
 
     def narrowed(self) -> Quantised:
         """The same symmetric codes in as few bits as they need, two or more."""
@@ -47,7 +48,7 @@ class Quantised:
         low, high = (int(steps.min()), int(steps.max())) if steps.numel() else (0, 0)
         bits = max(2, 1 + max(-low - 1, high, 0).bit_length())
         zero = torch.full_like(self.zero, 2 ** (bits - 1))
-        return replace(self, codes=(steps + 2 ** (bits - 1)).to(torch.uint8), zero=zero, bits=bits, coded=None)
+        return replace(self, codes=steps.add_(2 ** (bits - 1)).to(torch.uint8), zero=zero, bits=bits, coded=None)
 
     def coding(self) -> tuple[int, int] | None:
         """Bits of a code, and the bytes that all take when entropy coded, where that was computed."""

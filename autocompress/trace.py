@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from autocompress.errors import TaskError
 from autocompress.graph import Graph, Group, Layer, Member
-from autocompress.memory import trim
 from autocompress.opaque import RECURRENT, opaque
 from autocompress.precise import Doubles
 from autocompress.surgery import fold_scale, foreign_state, heads, lent, shadow, tensors_of, without
@@ -83,9 +82,7 @@ class _Subject:
 
     def outputs(self, values: Mapping[str, Tensor] | None = None) -> list[Tensor]:
         with torch.no_grad(), lent(self.model, values or {}), Doubles() if self.lean else nullcontext():
-            found = [t.double() for t in tensors(call(self.model, self.inputs))]
-        trim()
-        return found
+            return [t.double() for t in tensors(call(self.model, self.inputs))]
 
     @cached_property
     def dense(self) -> list[Tensor]:

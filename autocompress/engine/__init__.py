@@ -8,6 +8,7 @@ budgets, searches or files.
 from __future__ import annotations
 
 import copy
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from autocompress.engine.reconstruct import INPUTS, Reconstruction
 from autocompress.errors import TaskError
 from autocompress.graph import Graph, Group, Layer
 from autocompress.measure.quality import screening_part
-from autocompress.memory import trim
+from autocompress.memory import give_back, trim
 from autocompress.policy import LayerChoice, Policy, Solver
 from autocompress.stored import Half, Quantised, Stored, StoredModel
 from autocompress.surgery import hold, install, shadow, without
@@ -55,7 +56,11 @@ DATABASE_INPUTS = 1024
 NARROW_MODELS = 3
 """Models of certain widths that stay in memory, with the statistics of their layers."""
 _CACHE_BYTES = 512 * 2**20
-"""Solutions that stay in memory; a quarter of the model where that is larger than half of this."""
+"""Solutions that stay in memory; a quarter of a large model."""
+LARGE_BYTES = 256 * 2**20
+"""In single precision a model that is larger is large: what is only kept to be quick makes room for it."""
+LARGE_WEIGHT = 2**21
+"""Numbers in a weight whose solution leaves much memory behind."""
 _TRAINING_VERSION = 2
 """Rises when training changes, so that a checkpoint of the old one is not continued."""
 
@@ -116,11 +121,13 @@ class Workbench:
         """Loads and checks the dense model, traces it, and draws the calibration batches."""
         self.task, self.seed = task, seed
         self.teacher, self.example = probe(task)
-        trim()
+        self._is_large = 4 * sum(p.numel() for p in self.teacher.parameters()) > LARGE_BYTES
+        if self._is_large:
+            give_back()
         for parameter in self.teacher.parameters():
             parameter.requires_grad_(False)
         self.graph: Graph = trace(self.teacher, self.example.inputs)
-        trim()
+        self._tidy()
         state = self.teacher.state_dict()
         self.state = {name: value.detach().cpu() for name, value in state.items() if isinstance(value, Tensor)}
         self.eps = {name: float(norm.eps) for name, norm in norms(self.teacher).items()}  # type: ignore[arg-type]
@@ -146,10 +153,15 @@ class Workbench:
         self._split = "val"
         return self._calibration(CALIBRATION_INPUTS)
 
+    def _tidy(self) -> None:
+        """Give back what a large model left behind: holes of memory as large as itself, between what is in use."""
+        if self._is_large:
+            gc.collect()
+            trim()
+
     @property
     def _cache_bytes(self) -> int:
-        dense = self.graph.dense_bytes
-        return _CACHE_BYTES if 2 * dense <= _CACHE_BYTES else dense // 4
+        return self.graph.dense_bytes // 4 if self._is_large else _CACHE_BYTES
 
     @property
     def trainable(self) -> bool:
@@ -244,6 +256,9 @@ class Workbench:
             self._deployed[folds] = shadow(self.teacher)
             without(self._deployed[folds], self.graph.folded(compressed.policy))
         model = self._deployed[folds]
+        if self._is_large and "database" in self.__dict__:
+            self.database.release()
+        self._tidy()
         for name, stored in compressed.tensors.items():
             hold(model, name, stored.dense())
         return model.eval()
@@ -252,7 +267,10 @@ class Workbench:
     def database(self) -> LayerDatabase:
         """Layer solutions; the pass that gathers their statistics runs on first use, unless a run before did it."""
         batches, cache = self._calibration(DATABASE_INPUTS), Cache()
-        return LayerDatabase(self.state, remembered_moments(cache, self.teacher, self.graph, batches, self.seed), cache)
+        self._tidy()
+        seen = remembered_moments(cache, self.teacher, self.graph, batches, self.seed)
+        self._tidy()
+        return LayerDatabase(self.state, seen, cache)
 
     def _reconstruction(self, group: Group) -> Tensor:
         """Ranks (channels,) of a group's channels by what its readers lose without them."""
@@ -335,6 +353,8 @@ class Workbench:
             else:
                 stored = quantise(weight, choice, magnitude_mask(weight, choice.zeros(weight.numel())))
             self._layers[key] = stored, _memory(stored, weight)
+            if weight.numel() > LARGE_WEIGHT:
+                trim()
             while sum(size for _, size in self._layers.values()) > self._cache_bytes and len(self._layers) > 1:
                 self._layers.popitem(last=False)
         self._layers.move_to_end(key)

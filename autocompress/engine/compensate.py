@@ -228,7 +228,10 @@ def factorise(h: Tensor) -> Factor:
     """Columns in falling order of H's diagonal, as GPTQ settles them. Raises if H is not positive definite."""
     order = h.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     ordered = h.gather(-2, order.unsqueeze(-1).expand_as(h)).gather(-1, order.unsqueeze(-2).expand_as(h))
-    upper = torch.linalg.cholesky(ordered.flip(-2, -1).double()).flip(-2, -1)
+    ordered = ordered.flip(-2, -1).double()
+    upper = torch.linalg.cholesky(ordered)
+    del ordered  # as large as what is to come
+    upper = upper.flip(-2, -1)
     upper /= upper.diagonal(dim1=-2, dim2=-1).clone().unsqueeze(-2)
     return Factor(order, upper.transpose(-2, -1).tril(-1).float().contiguous())
 

@@ -43,6 +43,8 @@ STATISTICS_BYTES = 64 * 2**20
 """Normalised H that stay in memory: levels of one layer are solved one after the other."""
 ROWWISE_BYTES = 16 * 2**20
 """Groups are solved at once if a coupling for each of their rows takes no more, else one after the other."""
+LARGE_STATISTICS = 2**22
+"""Numbers in an H whose inversion leaves much memory behind."""
 SMALL = 2 * 10**8
 REFITS = 3
 """Rounds of scale and codes for rows whose weights are independent."""
@@ -70,7 +72,6 @@ def remembered_moments(
     else:
         return found
     seen, found = moments(model, graph, batches, seed), Spill(4 * statistics_size(graph))
-    trim()
     for name, entry in keys.items():  # an empty one says that the model never calls this layer
         h = seen[name].float() if name in seen else torch.zeros(0)
         cache.write(entry, {"h": h})
@@ -237,9 +238,12 @@ class LayerDatabase:
                 stored = _stored(entry, layer, choice)
                 self._errors[layer.name, choice] = self.error(layer, stored)
             self._write(key, {**entry, "error": torch.tensor([self._errors[layer.name, choice]], dtype=torch.float64)})
-            if weight.numel() * h.shape[-1] > SMALL:
-                trim()
         return stored
+
+    def release(self) -> None:
+        """Forget what is only kept in memory for the next level of the same layer."""
+        self._h.clear()
+        self._factors.clear()
 
     def packed(self, levels: Iterable[tuple[Layer, LayerChoice]], limit: int) -> dict[str, bytes]:
         """Files of these levels' solutions and of all that was used, up to `limit` bytes: see `Cache.pack`."""
@@ -331,6 +335,8 @@ class LayerDatabase:
         if layer.name not in self._h:
             given = self._given.get(layer.name)
             self._h[layer.name] = None if given is None else _normalised(layer.name, given)
+            if given is not None and given.numel() > LARGE_STATISTICS:
+                trim()
             while sum(h.nbytes for h in self._h.values() if h is not None) > STATISTICS_BYTES and len(self._h) > 1:
                 self._h.popitem(last=False)
         self._h.move_to_end(layer.name)
@@ -357,6 +363,8 @@ class LayerDatabase:
         key = layer.name, index
         if key not in self._factors:
             self._factors[key] = factorise(_matrix(h))
+            if h.numel() > LARGE_STATISTICS:
+                trim()
             while sum(4 * f.lower.numel() for f in self._factors.values()) > FACTOR_BYTES and len(self._factors) > 1:
                 self._factors.popitem(last=False)
         self._factors.move_to_end(key)

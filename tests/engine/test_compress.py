@@ -302,6 +302,34 @@ def test_the_workbenchs_teacher_never_changes(bench: Workbench) -> None:
     assert not any(module.training for module in bench.teacher.modules())
 
 
+def test_what_a_policy_leaves_alone_lies_in_the_teachers_memory_until_it_changes(bench: Workbench) -> None:
+    def addresses(model: nn.Module) -> dict[str, int]:
+        return {name: p.data_ptr() for name, p in model.named_parameters()}
+
+    unfolded = Recovery(fold_bn=False, reestimate_bn=False)
+    untouched = replace(everywhere(LayerChoice(32), bench), recovery=unfolded)
+    before = {name: value.clone() for name, value in bench.teacher.state_dict().items()}
+    weights = {f"{name}.weight" for name in LAYERS}
+    teacher = addresses(bench.teacher)
+    dense = addresses(bench.realise(compress(bench, untouched)))
+    assert all(dense[name] == teacher[name] for name in weights)
+    rounded = addresses(bench.realise(compress(bench, replace(everywhere(LayerChoice(4), bench), recovery=unfolded))))
+    assert not any(rounded[name] == teacher[name] for name in weights)
+    assert all(torch.equal(value, before[name]) for name, value in bench.teacher.state_dict().items())
+
+
+def test_a_large_model_is_compressed_as_any_other(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[bool] = []
+    monkeypatch.setattr(engine, "LARGE_BYTES", 0)
+    monkeypatch.setattr(engine, "give_back", lambda: given_back.append(True))
+    large = fresh_bench()
+    assert given_back
+    policies = [everywhere(LayerChoice(bits, 0.5), bench, keep) for bits in (3, 4) for keep in (1.0, 0.5)]
+    for policy in [*(replace(p, solver="database") for p in policies), *policies]:
+        assert outcome(large, policy) == outcome(bench, policy)
+        large.realise(compress(large, policy))
+
+
 def test_a_candidate_that_diverged_leaves_no_trace(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = mixed(bench)
     first = outcome(bench, policy)
