@@ -21,6 +21,7 @@ Criterion = Literal["l1", "l2", "taylor", "entropy", "gini", "reconstruction"]
 Decay = Literal["constant", "step", "exponential", "cosine", "polynomial", "one-cycle"]
 Gradient = Literal["none", "centralise", "standardise", "clip"]
 Scales = Literal["fixed", "learned"]
+Optimizer = Literal["sgd", "adam"]
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 """Weight widths: a sign times the row's scale, integers on an affine grid up to 8, IEEE half and single precision."""
@@ -116,7 +117,8 @@ class Recovery:
     `adjust_factor` of 1 turns the plateau adjustment off; `adjust_patience` and `adjust_cooldown` count its reports.
     `distill_weight` mixes the task's loss (0) with the teacher's soft targets (1); `hint_weight` adds the distance
     between hidden features. `scales` says whether the grids' scales are trained with the weights. `ema` is the decay
-    per step of an exponential moving average of the weights, which is what is kept then; 0 is off.
+    per step of an exponential moving average of the weights, which is what is kept then; 0 is off. `optimizer` is SGD
+    with momentum, or AdamW at a fixed share of `lr`.
     """
 
     epochs: int = 0
@@ -135,6 +137,7 @@ class Recovery:
     adjust_cooldown: int = 0
     scales: Scales = "fixed"
     ema: float = 0.0
+    optimizer: Optimizer = "sgd"
 
     def __post_init__(self) -> None:
         _canonical(self)
@@ -152,6 +155,7 @@ class Recovery:
         _require(self.adjust_cooldown >= 0, "adjust_cooldown", self.adjust_cooldown, "0 or more")
         _one_of("scales", self.scales, Scales)
         _require(0.0 <= self.ema < 1.0, "ema", self.ema, "in [0, 1)")
+        _one_of("optimizer", self.optimizer, Optimizer)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data. What came later is named only where it is used, so that older policies keep their keys."""
@@ -159,7 +163,7 @@ class Recovery:
         return {name: value for name, value in known.items() if name not in _LATER or value != _LATER[name]}
 
 
-_LATER = {"warmup": 0.0, "adjust_cooldown": 0, "scales": "fixed", "ema": 0.0}
+_LATER = {"warmup": 0.0, "adjust_cooldown": 0, "scales": "fixed", "ema": 0.0, "optimizer": "sgd"}
 """Defaults of the fields that the first format of a policy did not have."""
 
 

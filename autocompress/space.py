@@ -30,6 +30,7 @@ from autocompress.policy import (
     Decay,
     Gradient,
     LayerChoice,
+    Optimizer,
     Policy,
     Recovery,
     Scales,
@@ -149,6 +150,7 @@ class RecoverySection(_Section):
     warmup: Warmup = [0.0, 0.0]
     scales: Annotated[list[Scales], Field(min_length=1)] = ["fixed"]
     ema: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)] = [0.0]
+    optimizer: Annotated[list[Optimizer], Field(min_length=1)] | None = None
 
 
 class Override(_Section):
@@ -334,8 +336,15 @@ class Space:
             Real("recovery/warmup", r.warmup[0], r.warmup[1]),
             Categorical("recovery/scales", _distinct(r.scales)),
             Categorical("recovery/ema", _distinct(r.ema)),
+            Categorical("recovery/optimizer", _distinct(self.optimizers)),
         ]
         return tuple(p for p in found if (p.low < p.high if isinstance(p, Real) else len(p.values) > 1))
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """What recovery may train with: AdamW where no batch norm keeps the weights' scale, unless the file says."""
+        normed = any(name.endswith("running_mean") for name in self.graph.tensors)
+        return self.file.recovery.optimizer or (["sgd"] if normed else ["adam"])
 
     def decode(self, point: Mapping[str, Value], epochs: int = 0) -> Policy:
         """The policy at `point`; parameters that are absent take the largest (densest) or first choice."""
@@ -374,6 +383,7 @@ class Space:
             "warmup": r.warmup[0],
             "scales": r.scales[0],
             "ema": r.ema[0],
+            "optimizer": self.optimizers[0],
         }
         for parameter in self.recovery_parameters:
             if parameter.name in point:

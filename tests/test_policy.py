@@ -37,6 +37,7 @@ RECOVERIES = st.builds(
     adjust_cooldown=st.integers(0, 100),
     scales=st.sampled_from(["fixed", "learned"]),
     ema=st.floats(0, 1, exclude_max=True),
+    optimizer=st.sampled_from(["sgd", "adam"]),
 )
 POLICIES = st.builds(
     Policy,
@@ -116,6 +117,7 @@ def test_a_layer_choice_names_its_wrong_field(field: str, value: Any) -> None:
         ("warmup", math.nan),
         ("adjust_cooldown", -1),
         ("scales", "trained"),
+        ("optimizer", "lion"),
         ("ema", -0.1),
         ("ema", 1.0),
         ("ema", math.nan),

@@ -384,15 +384,27 @@ def test_every_field_of_recovery_can_be_searched_and_comes_back() -> None:
         "[recovery]\nlr = [0.01, 0.1]\ndecay = ['cosine', 'one-cycle']\ndecay_rate = [0.01, 0.5]\nwarmup = [0.0, 0.3]\n"
         "adjust_factor = [0.5, 1.0]\nadjust_patience = [0, 1]\nadjust_cooldown = [0, 2]\ndistill_weight = [0.0, 1.0]\n"
         "temperature = [1.0, 8.0]\nhint_weight = [0.0, 1.0]\ngradient = ['none', 'clip']\n"
-        "scales = ['fixed', 'learned']\nema = [0.0, 0.9, 0.99]\n"
+        "scales = ['fixed', 'learned']\nema = [0.0, 0.9, 0.99]\noptimizer = ['sgd', 'adam']\n"
     )
     searched = {p.name.removeprefix("recovery/") for p in built.recovery_parameters}
     assert searched == set(Recovery.__dataclass_fields__) - {"epochs", "reestimate_bn", "fold_bn"}
     point = {"recovery/warmup": 0.25, "recovery/scales": "learned", "recovery/ema": 0.99, "recovery/adjust_cooldown": 1}
+    point["recovery/optimizer"] = "adam"
     found = built.decode(point, epochs=2)
     r = found.recovery
     assert (r.warmup, r.scales, r.ema, r.adjust_cooldown) == (0.25, "learned", 0.99, 2)
+    assert r.optimizer == "adam"
     assert built.decode(built.encode(found), epochs=2) == found
+
+
+def test_the_optimizer_goes_by_the_network_unless_the_space_says() -> None:
+    """Without batch norms nothing keeps the weights' scale: SGD's rates would tear the network apart."""
+    text, plain = "[recovery]\nlr = [0.01, 0.1]\n", {n: t for n, t in GRAPH.tensors.items() if ".norm." not in n}
+    unnormed = replace(GRAPH, tensors=plain)
+    assert space(text).decode({}, epochs=1).recovery.optimizer == "sgd"
+    assert space(text, unnormed).decode({}, epochs=1).recovery.optimizer == "adam"
+    assert space(text, unnormed).decode({}).recovery.optimizer == "sgd"
+    assert space(f"{text}optimizer = ['sgd']\n", unnormed).decode({}, epochs=1).recovery.optimizer == "sgd"
 
 
 def test_what_a_space_does_not_name_is_off() -> None:
@@ -403,7 +415,7 @@ def test_what_a_space_does_not_name_is_off() -> None:
 @pytest.mark.parametrize("name", ["default", "distill"])
 def test_a_space_that_searches_recovery_searches_all_of_it(name: str) -> None:
     searched = {p.name.removeprefix("recovery/") for p in Space(load_space(name), GRAPH).recovery_parameters}
-    assert searched == set(Recovery.__dataclass_fields__) - {"epochs", "reestimate_bn", "fold_bn"}
+    assert searched == set(Recovery.__dataclass_fields__) - {"epochs", "reestimate_bn", "fold_bn", "optimizer"}
 
 
 def replace_bn(recovery: Recovery) -> Recovery:

@@ -61,7 +61,7 @@ LARGE_BYTES = 256 * 2**20
 """In single precision a model that is larger is large: what is only kept to be quick makes room for it."""
 LARGE_WEIGHT = 2**21
 """Numbers in a weight whose solution leaves much memory behind."""
-_TRAINING_VERSION = 2
+_TRAINING_VERSION = 3
 """Rises when training changes, so that a checkpoint of the old one is not continued."""
 
 Widths = tuple[Any, ...]

@@ -252,6 +252,7 @@ def recipe_text(recovery: Recovery) -> str:
         f"distillation {r.distill_weight:.2f} at temperature {r.temperature:.2g}" if r.distill_weight else "",
         f"hints {r.hint_weight:.2g}" if r.hint_weight else "",
         f"gradients: {r.gradient}" if r.gradient != "none" else "",
+        "AdamW" if r.optimizer == "adam" else "",
         "learned scales" if r.scales == "learned" else "",
         f"mean of weights {r.ema:g}" if r.ema else "",
         "" if r.reestimate_bn else "trained statistics",

@@ -79,7 +79,9 @@ def interrupted(path: Path, at: int, policy: Policy, bench: Workbench | None = N
 
 
 @pytest.mark.parametrize("at", [STEPS + 1, 2 * STEPS, 2 * STEPS + 2])
-@pytest.mark.parametrize("recovery", [RICH, Recovery(epochs=3, distill_weight=0.5), replace(RICH, ema=0.0)])
+@pytest.mark.parametrize(
+    "recovery", [RICH, Recovery(epochs=3, distill_weight=0.5), replace(RICH, ema=0.0), replace(RICH, optimizer="adam")]
+)
 def test_a_training_that_goes_on_gives_the_same_bits(tmp_path: Path, at: int, recovery: Recovery) -> None:
     path, wanted = tmp_path / "deep" / "training", policy(recovery)
     whole = tensors(fresh(), wanted)
@@ -115,7 +117,7 @@ def test_it_holds_all_that_training_changes(tmp_path: Path) -> None:
     interrupted(path, STEPS + 1, policy())
     with safe_open(path, "pt") as file:
         names = {name.split("/")[0] for name in file.keys()}  # noqa: SIM118 - not a mapping
-    assert names == {"model", "momentum", "average", "scales", "rng"}
+    assert names == {"model", "optimizer", "average", "scales", "rng"}
 
 
 OTHERS: dict[str, tuple[Policy, dict[str, Any], int | None]] = {

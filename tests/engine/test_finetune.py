@@ -17,6 +17,8 @@ from autocompress.engine import finetune
 from autocompress.engine.constraint import Constraint
 from autocompress.engine.distill import Teacher
 from autocompress.engine.finetune import (
+    ADAM_SHARE,
+    BETAS,
     CURVE_POINTS,
     LARGEST_NORM,
     LEAST_SCALE,
@@ -262,6 +264,25 @@ def test_steps_are_nesterov_momentum_with_weight_decay() -> None:
         gradient = 2 * (x @ w.T - y).T @ x / len(x) + WEIGHT_DECAY * w
         velocity = MOMENTUM * velocity + gradient
         w -= 0.1 * (gradient + MOMENTUM * velocity)
+    np.testing.assert_allclose(student.weight.detach().numpy(), w, rtol=1e-4, atol=1e-6)
+
+
+def test_adam_takes_its_share_of_the_rate_and_decays_weights_apart() -> None:
+    """Against Loshchilov & Hutter, 1711.05101, algorithm 2, written out."""
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(8, 3)).astype(np.float32), draw.normal(size=(8, 1)).astype(np.float32)
+    model = nn.Linear(3, 1, bias=False)
+    task = RegressionTask(model, (x, y), (x, y), (x, y), batch_size=8)
+    student, w = task.model(), model.weight.detach().double().numpy().copy()
+    recovery = Recovery(epochs=6, lr=0.5, decay="constant", distill_weight=0.0, optimizer="adam")
+    train(student, Teacher(task.model()), {}, Course(task, recovery, 1))
+    (first, second), lr = BETAS, 0.5 * ADAM_SHARE
+    mean, square = np.zeros_like(w), np.zeros_like(w)
+    for step in range(1, 7):
+        gradient = 2 * (x @ w.T - y).T @ x / len(x)
+        mean, square = first * mean + (1 - first) * gradient, second * square + (1 - second) * gradient**2
+        w -= lr * WEIGHT_DECAY * w
+        w -= lr * (mean / (1 - first**step)) / (np.sqrt(square / (1 - second**step)) + 1e-8)
     np.testing.assert_allclose(student.weight.detach().numpy(), w, rtol=1e-4, atol=1e-6)
 
 
