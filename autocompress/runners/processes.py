@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from autocompress.errors import AutocompressError, RunError
-from autocompress.evaluate import Job
+from autocompress.evaluate import Evaluate, Job
 from autocompress.runners.base import Build, Result, Steps, keep_busy, unwatched
 from autocompress.trial import Evaluation
 
@@ -180,21 +180,9 @@ def numeric_threads(threads: int) -> Iterator[None]:
 
 def _serve(build: Build, pipe: Connection, threads: int) -> None:
     """Evaluate what comes through the pipe until it closes."""
-    import signal
-
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
-    threading.Thread(target=follow_parent, daemon=True).start()
-    torch.set_num_threads(threads)
     with contextlib.suppress(EOFError, OSError):  # the driver is gone, or needs nothing more
-        try:
-            evaluate = build()
-        except AutocompressError as error:
-            pipe.send(("broken", type(error)(str(error))))
-            return
-        except Exception as error:
-            pipe.send(("broken", RunError(f"a worker process cannot load the task: {type(error).__name__}: {error}")))
+        evaluate = loaded(build, pipe, threads)
+        if evaluate is None:
             return
         pipe.send(("ready",))
         while True:
@@ -207,7 +195,25 @@ def _serve(build: Build, pipe: Connection, threads: int) -> None:
             pipe.send(("done", evaluation.to_json()))
 
 
-def follow_parent() -> None:
+def loaded(build: Build, pipe: Connection, threads: int) -> Evaluate | None:
+    """What `build` makes, in a process that ends with the one that started it; None if it said why that fails."""
+    import signal
+
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        return build()
+    except AutocompressError as error:
+        pipe.send(("broken", type(error)(str(error))))
+    except Exception as error:
+        pipe.send(("broken", RunError(f"a worker process cannot load the task: {type(error).__name__}: {error}")))
+    return None
+
+
+def _follow_parent() -> None:
     """A process whose driver was killed ends too, in the middle of a training if need be."""
     parent = processes.parent_process()
     if parent is not None:

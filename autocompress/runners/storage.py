@@ -29,7 +29,7 @@ from autocompress.evaluate import Job
 from autocompress.files import write
 from autocompress.runners.base import Build, Result, Steps, keep_busy, unwatched
 from autocompress.runners.board import Address, Board, Offer, job_of, one_line
-from autocompress.runners.processes import STARTS, cores, follow_parent, numeric_threads
+from autocompress.runners.processes import STARTS, cores, loaded, numeric_threads
 from autocompress.trial import Evaluation
 
 SHORTEST, LONGEST = 0.02, 0.25
@@ -322,23 +322,11 @@ def _serve(
     address: Address, name: str, build: Build, pipe: Connection, leaving: Any, threads: int, limit: float
 ) -> None:
     """Evaluate what is offered until told to leave."""
-    import signal
-
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
-    threading.Thread(target=follow_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    try:
-        evaluate = build()
-        board = address.board()
-        if board is None:
-            raise RunError(f"there is no search {address.name!r} in the storage any more")
-    except AutocompressError as error:
-        pipe.send(("broken", type(error)(str(error))))
+    evaluate, board = loaded(build, pipe, threads), address.board()
+    if evaluate is None:
         return
-    except Exception as error:
-        pipe.send(("broken", RunError(f"a worker process cannot load the task: {type(error).__name__}: {error}")))
+    if board is None:
+        pipe.send(("broken", RunError(f"there is no search {address.name!r} in the storage any more")))
         return
     pipe.send(("ready",))
     worker = _Worker(board, name, limit)

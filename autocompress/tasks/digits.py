@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from autocompress.files import cache_folder, write
 from autocompress.task import ClassificationTask
+from autocompress.tasks.trained import trained as kept
 
 SEED = 0
 EPOCHS = 8
@@ -91,15 +87,7 @@ def architecture() -> nn.Module:
 
 def trained() -> nn.Module:
     """The trained network, from the cache or trained now (seeded, a few seconds)."""
-    model = architecture()
-    path = cache_folder() / f"digits-v{VERSION}-torch{torch.__version__.split('+')[0]}.safetensors"
-    try:
-        model.load_state_dict(load(path.read_bytes()))
-    except (OSError, SafetensorError, RuntimeError):  # absent, torn or of another shape: make it again
-        _train(model)
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the search
-            write(path, save(model.state_dict()))
-    return model.eval()
+    return kept(f"digits-v{VERSION}", architecture, _train, SEED)
 
 
 def _train(model: nn.Module) -> None:

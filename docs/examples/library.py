@@ -9,19 +9,15 @@ one core) and keeps it in the user's cache folder.
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from autocompress import ClassificationTask
-from autocompress.files import cache_folder, write
+from autocompress.tasks.trained import trained
 
 SEED, EPOCHS, BATCH = 0, 60, 32
 VERSION = 1  # raise when the network or its training changes, so that an old cache is not read
@@ -60,22 +56,9 @@ def network() -> nn.Module:
 
 def vit() -> ClassificationTask:
     """The task."""
-    return Digits(trained, **splits(), name="digits-vit", batch_size=BATCH)
-
-
-def trained() -> nn.Module:
-    """The trained network, from the cache or trained now."""
-    path = cache_folder() / f"digits-vit-v{VERSION}-torch{torch.__version__.split('+')[0]}.safetensors"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        model = network()
-        try:
-            model.load_state_dict(load(path.read_bytes()))
-        except (OSError, SafetensorError, RuntimeError):  # absent, torn or of another shape: make it again
-            train(model)
-            with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the search
-                write(path, save(model.state_dict()))
-    return model.eval()
+    return Digits(
+        lambda: trained(f"digits-vit-v{VERSION}", network, train, SEED), **splits(), name="digits-vit", batch_size=BATCH
+    )
 
 
 def train(model: nn.Module) -> None:

@@ -9,20 +9,17 @@ folder. The first use trains the network (seeded, 20 seconds on one core) and ke
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from autocompress import ClassificationTask, TaskError
-from autocompress.files import cache_folder, write
+from autocompress.tasks.trained import trained
 
 STEPS, CHANNELS, SPEAKERS = 29, 12, 9
 SEED, EPOCHS, BATCH = 0, 60, 32
@@ -125,7 +122,7 @@ def cnn() -> ClassificationTask:
 def _task(name: str, network: Callable[[], nn.Module]) -> ClassificationTask:
     data = splits()
     return ClassificationTask(
-        lambda: _trained(name, network),
+        lambda: trained(f"vowels-{name}-v{VERSION}", network, _train, SEED),
         data["train"],
         data["val"],
         data["test"],
@@ -133,21 +130,6 @@ def _task(name: str, network: Callable[[], nn.Module]) -> ClassificationTask:
         batch_size=BATCH,
         augment=noisy,
     )
-
-
-def _trained(name: str, network: Callable[[], nn.Module]) -> nn.Module:
-    """The trained network, from the cache or trained now."""
-    path = cache_folder() / f"vowels-{name}-v{VERSION}-torch{torch.__version__.split('+')[0]}.safetensors"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        model = network()
-        try:
-            model.load_state_dict(load(path.read_bytes()))
-        except (OSError, SafetensorError, RuntimeError):  # absent, torn or of another shape: make it again
-            _train(model)
-            with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the search
-                write(path, save(model.state_dict()))
-    return model.eval()
 
 
 def _train(model: nn.Module) -> None:
