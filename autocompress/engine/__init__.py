@@ -56,7 +56,7 @@ DATABASE_INPUTS = 1024
 NARROW_MODELS = 3
 """Models of certain widths that stay in memory, with the statistics of their layers."""
 _CACHE_BYTES = 512 * 2**20
-"""Solutions that stay in memory; a quarter of a large model."""
+"""Solutions that stay in memory; of a large model a sixteenth of its size: they are read from disk soon enough."""
 LARGE_BYTES = 256 * 2**20
 """In single precision a model that is larger is large: what is only kept to be quick makes room for it."""
 LARGE_WEIGHT = 2**21
@@ -138,6 +138,7 @@ class Workbench:
         self.importance = Importance(task, self.teacher, self.graph, self.calibration, self._reconstruction)
         self._deployed: dict[bool, nn.Module] = {}
         self._layers: OrderedDict[Any, tuple[Stored, int]] = OrderedDict()
+        self._known_codings: dict[Any, tuple[int, int] | None] = {}
         self._narrow: OrderedDict[Widths, Narrow] = OrderedDict()
         self._steps: int | None = None
 
@@ -161,7 +162,7 @@ class Workbench:
 
     @property
     def _cache_bytes(self) -> int:
-        return self.graph.dense_bytes // 4 if self._is_large else _CACHE_BYTES
+        return self.graph.dense_bytes // 16 if self._is_large else _CACHE_BYTES
 
     @property
     def trainable(self) -> bool:
@@ -373,7 +374,20 @@ class Workbench:
         """`Compressed.codings` of the policy without its recovery training."""
         if all(choice.bits >= 16 for _, choice in self.graph.choices(policy)):
             return {}  # nothing has codes, so nothing needs to be solved
-        return _codings(self.one_shot(policy).weights)
+        if self.narrow(policy).kept:
+            return _codings(self.one_shot(policy).weights)
+        found = {
+            layer.weight: self._coding(layer, choice, policy.solver) for layer, choice in self.graph.choices(policy)
+        }
+        return {weight: coding for weight, coding in found.items() if coding is not None}
+
+    def _coding(self, layer: Layer, choice: LayerChoice, solver: Solver) -> tuple[int, int] | None:
+        """`Quantised.coding` of `level`, remembered when the level itself is not."""
+        key = layer.name, choice, solver
+        if key not in self._known_codings:
+            stored = self.level(layer, choice, solver)
+            self._known_codings[key] = stored.coding() if isinstance(stored, Quantised) else None
+        return self._known_codings[key]
 
 
 def _memory(stored: Stored, weight: Tensor) -> int:

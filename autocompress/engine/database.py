@@ -229,7 +229,9 @@ class LayerDatabase:
         if h is None or (choice.bits >= 16 and not count):
             return quantise(weight, choice, magnitude_mask(weight, count))
         if h.ndim == 1:
-            return _by_frequency(layer, weight, h, choice)
+            found = _by_frequency(layer, weight, h, choice)
+            self._errors[layer.name, choice] = self.error(layer, found)
+            return found
         key = _level_key(self._key(layer), choice)
         stored = self._read(key, layer, choice)
         if stored is None:
