@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 
 from autocompress.channels_last import channels_last
 from autocompress.engine.checkpoint import Checkpoint
@@ -160,6 +161,21 @@ def train(
         learner.freeze()
 
 
+def in_training(model: nn.Module) -> nn.Module:
+    """`model` itself, set to train as it will run: its norms gather statistics, and nothing is dropped at random.
+
+    Dropout keeps large networks from learning their data by heart; a compressed one in a short recovery is told what
+    its teacher says without dropout, and would be taught to make up for noise. Recurrent modules on an accelerator
+    cannot be trained in evaluation mode: there theirs stays.
+    """
+    model.eval()
+    for module in model.modules():
+        away = any(p.device.type != "cpu" for p in module.parameters(recurse=False))
+        if isinstance(module, _NormBase) or (isinstance(module, nn.RNNBase) and away):
+            module.train()
+    return model
+
+
 class _Average:
     """Exponential moving average of `tensors`; its decay grows to `decay`, so that the first steps do not linger.
 
@@ -184,7 +200,7 @@ class _Learner:
     """The student: float weights that learn, and what its forward pass sees of them."""
 
     def __init__(self, model: nn.Module, constraints: Mapping[str, Constraint], recovery: Recovery) -> None:
-        self.model = model.train()
+        self.model = in_training(model)
         self.parameters = [p.requires_grad_() for p in model.parameters() if p.is_floating_point()]
         self.device = next(model.parameters()).device
         self._constraints = {name: c.on(self.device) for name, c in constraints.items()}
@@ -244,7 +260,7 @@ class _Learner:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(self._all, before)
-            self.model.train()
+            in_training(self.model)
 
     def _project(self) -> dict[str, Constraint]:
         """Make the weights their average, if there is one, then what is stored of them; on which grids."""

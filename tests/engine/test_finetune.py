@@ -496,6 +496,19 @@ def test_each_epoch_draws_its_own_batches(monkeypatch: pytest.MonkeyPatch) -> No
     assert seeds == [("train", 5), ("train", 6), ("train", 7)]
 
 
+def test_only_norms_are_in_training_mode_while_it_learns() -> None:
+    """Dropout would be noise that the teacher's outputs do not have."""
+    x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    task = ClassificationTask(model, (x, y), (x, y), (x, y), batch_size=8)
+    student, seen = task.model(), set[tuple[str, bool]]()
+    for module in student:
+        module.register_forward_hook(lambda m, *_: seen.add((type(m).__name__, m.training)))
+    train(student, Teacher(task.model()), {}, Course(task, Recovery(epochs=2, adjust_factor=0.5), 4))
+    assert seen == {("Linear", False), ("BatchNorm1d", True), ("Dropout", False)}
+    assert not any(module.training for module in student.modules())
+
+
 def test_training_lowers_the_loss() -> None:
     task = Classification()
     batch = Batch(*data())
