@@ -582,8 +582,9 @@ class Study:
         """
         since, done = time.monotonic(), 0
         while waiting := [t for t in self.front() if not self._is_final(t)]:
+            total = done + len(waiting)
             for trial in waiting:
-                self._report("writing", done, done + len(waiting), since, 0)
+                self._report("writing", done, total, since, 0)
                 self._finalise(trial)
                 done += 1
         members = self.front()
