@@ -92,7 +92,9 @@ STARTER = """
 import json, os, sys
 import sklearn.ensemble
 import autocompress.report.page, autocompress.report.write
-from autocompress import cli, study
+from autocompress import cli, engine, study
+from autocompress.engine.precision import PLAIN
+engine.quickest = lambda model, inputs: PLAIN
 sys.path.insert(0, sys.argv[1])
 from faults import plans
 
@@ -111,7 +113,11 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-"""Forks a process for each command that it reads, so that libraries are imported, and the tracer warm, once."""
+"""Forks a process for each command that it reads, so that libraries are imported, and the tracer warm, once.
+
+In what arithmetic training is fastest is left out: on a busy machine a run that dies before it has written that down may
+find another answer the next time.
+"""
 LIMIT = 600.0
 """Seconds after which a process that should have got somewhere is taken for hung."""
 MAX_ATTEMPTS = 2
