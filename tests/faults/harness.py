@@ -115,7 +115,7 @@ for line in sys.stdin:
 """
 """Forks a process for each command that it reads, so that libraries are imported, and the tracer warm, once.
 
-In what arithmetic training is fastest is left out: on a busy machine a run that dies before it has written that down may
+In what arithmetic training is fastest is left out: on a busy machine a run that dies before that is written down may
 find another answer the next time.
 """
 LIMIT = 600.0
