@@ -342,9 +342,11 @@ class Space:
 
     @property
     def optimizers(self) -> Sequence[Optimizer]:
-        """What recovery may train with: AdamW where no batch norm keeps the weights' scale, unless the file says."""
-        normed = any(name.endswith("running_mean") for name in self.graph.tensors)
-        return self.file.recovery.optimizer or (["sgd"] if normed else ["adam"])
+        """What recovery may train with, unless the file says: AdamW where norms are layer norms, as in transformers."""
+        tensors = self.graph.tensors
+        batch_norms = any(name.endswith(".running_mean") for name in tensors)
+        others = any(len(shape) == 1 and name.endswith(".weight") for name, (shape, _) in tensors.items())
+        return self.file.recovery.optimizer or (["adam"] if others and not batch_norms else ["sgd"])
 
     def decode(self, point: Mapping[str, Value], epochs: int = 0) -> Policy:
         """The policy at `point`; parameters that are absent take the largest (densest) or first choice."""
