@@ -274,11 +274,6 @@ def search(
         "checkpoint": str(checkpoint.resolve()) if checkpoint else None,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
-    limit = math.inf if trial_timeout is None else parse_time(trial_timeout)
-    board = _board(storage, join, resume=resume is not None, ray=ray)
-    if board is not None and not board[1]:
-        _take_part(board[0], chosen, workers, as_json=as_json)
-        return
     if resume is not None and out_dir is not None and out_dir != resume:
         raise RunError("give either --resume or --out: a resumed run stays in its folder")
     settings = replace(read_config(resume)[0], **chosen) if resume else Settings(**({"task": "digits"} | chosen))
@@ -296,6 +291,11 @@ def search(
         )
     if ray is not None and trial_timeout is not None:
         raise RunError("--trial-timeout is about processes of this machine: leave it out with --ray")
+    limit = math.inf if trial_timeout is None else parse_time(trial_timeout)
+    board = _board(storage, join, resume=resume is not None, ray=ray)
+    if board is not None and not board[1]:
+        _take_part(board[0], chosen, workers, as_json=as_json)
+        return
     make_runner = in_processes(workers, limit) if ray is None else on_ray(Cluster(ray, *wanted))
     driving: AbstractContextManager[object] = nullcontext()
     if board is not None:

@@ -340,7 +340,7 @@ class Space:
         ]
         return tuple(p for p in found if (p.low < p.high if isinstance(p, Real) else len(p.values) > 1))
 
-    @property
+    @cached_property
     def optimizers(self) -> Sequence[Optimizer]:
         """What recovery may train with, unless the file says: AdamW where norms are layer norms, as in transformers."""
         tensors = self.graph.tensors

@@ -140,11 +140,8 @@ class Settings:
 
         `table` is what is in the file `latency_table`, where that is not here.
         """
-        if self.latency_table is None:
-            table = None
-        elif table is None:
-            table = read_table(Path(self.latency_table))
-        place = Place(self.threads, self.batch, table)
+        carried = None if self.latency_table is None else table or read_table(Path(self.latency_table))
+        place = Place(self.threads, self.batch, carried)
         return Evaluator(self.load_task(), seed=self.seed, format=self.format, place=place, dense_ms=dense_ms)
 
 

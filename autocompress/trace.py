@@ -489,12 +489,16 @@ def _reasons(subject: _Subject, groups: Sequence[Group]) -> dict[str, str]:
 
     All at once first: a model of hundreds of layers runs a few times then, in place of twice for each.
     """
-    if not groups or (len(groups) > 1 and _together(subject, groups)):
-        return {}
-    if len(groups) == 1:
-        return {groups[0].name: _trial(subject, groups[0])}
-    middle = len(groups) // 2
-    return _reasons(subject, groups[:middle]) | _reasons(subject, groups[middle:])
+    reasons: dict[str, str] = {}
+
+    def passes(some: Sequence[Group]) -> bool:
+        if len(some) > 1:
+            return _together(subject, some)
+        reasons[some[0].name] = _trial(subject, some[0])
+        return not reasons[some[0].name]
+
+    _passing(groups, passes)
+    return reasons
 
 
 def _together(subject: _Subject, groups: Sequence[Group]) -> bool:

@@ -73,7 +73,7 @@ class SolverController(OptunaController):
         self._instance = lru_cache(maxsize=64)(self._make_instance)
         self._surrogate = Surrogate(self._instance(self._whole)[0].losses)
         self._seen: set[str] = set()
-        self._fits: dict[Choice, Policy | None] = {}  # what `_fitted` made of choices; only saves finding it again
+        self._fits = lru_cache(maxsize=1024)(self._fitted)  # until something is learned, which it depends on
         self._front: list[tuple[int, float, Choice]] = []  # bytes, loss, choice; rising bytes, falling loss
         self._range = self._targets()
 
@@ -137,9 +137,7 @@ class SolverController(OptunaController):
         policy = None
         for attempt in range(TRIES):
             choice = self._candidate(number, attempt, draw)
-            if choice is not None and choice not in self._fits:
-                self._fits[choice] = self._fitted(choice)
-            policy = self._fits[choice] if choice is not None else None
+            policy = self._fits(choice) if choice is not None else None
             if policy is not None and not self._is_known(policy):
                 return policy
         return self._anything(number) or policy or self._space.smallest()
@@ -348,6 +346,7 @@ class SolverController(OptunaController):
             return
         if choice.keep == self._whole and choice.rest == self._usual:
             self._surrogate.observe(np.array(choice.levels), measured.loss)
+            self._fits.cache_clear()
         if self._budget.excess(measured) <= 0:
             self._enter(measured.bytes, measured.loss, choice)
 

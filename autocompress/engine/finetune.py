@@ -307,10 +307,11 @@ class _Learner:
 
 
 def _optimizer(learner: _Learner, recovery: Recovery) -> torch.optim.Optimizer:
-    groups, lr, decay = learner.groups(), recovery.lr, WEIGHT_DECAY
+    """Its rate is set before each step."""
+    groups, decay = learner.groups(), WEIGHT_DECAY
     if recovery.optimizer == "adam":
-        return torch.optim.AdamW(groups, lr=ADAM_SHARE * lr, betas=BETAS, weight_decay=decay, foreach=True)
-    return torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, nesterov=True, weight_decay=decay, foreach=True)
+        return torch.optim.AdamW(groups, betas=BETAS, weight_decay=decay, foreach=True)
+    return torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True, weight_decay=decay, foreach=True)
 
 
 class _Training:

@@ -11,14 +11,14 @@ import math
 import os
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import connection, get_context
 from multiprocessing import process as processes
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from autocompress.errors import AutocompressError, RunError
-from autocompress.evaluate import Evaluate, Job
+from autocompress.evaluate import Job
 from autocompress.runners.base import Build, Result, Steps, keep_busy, unwatched
 from autocompress.trial import Evaluation
 
@@ -28,6 +28,7 @@ EVERY = 0.5
 """Seconds between the training steps that a process tells of."""
 GRACE = 5.0
 """Seconds that idle processes get to end by themselves."""
+T = TypeVar("T")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -195,7 +196,7 @@ def _serve(build: Build, pipe: Connection, threads: int) -> None:
             pipe.send(("done", evaluation.to_json()))
 
 
-def loaded(build: Build, pipe: Connection, threads: int) -> Evaluate | None:
+def loaded(build: Callable[[], T], pipe: Connection, threads: int) -> T | None:
     """What `build` makes, in a process that ends with the one that started it; None if it said why that fails."""
     import signal
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from autocompress.errors import AutocompressError, RunError
-from autocompress.evaluate import Job
+from autocompress.evaluate import Evaluate, Job
 from autocompress.files import write
 from autocompress.runners.base import Build, Result, Steps, keep_busy, unwatched
 from autocompress.runners.board import Address, Board, Offer, job_of, one_line
@@ -173,10 +173,12 @@ class StorageRunner:
     def _free(self) -> str | None:
         """Somebody without a job; one that works on a former driver's is heard of when that is done."""
         busy = {worker for worker, _ in self._given.values()}
-        for name in self._signs.living():
-            if name not in busy and self._signs.working_on(name) in (None, *self._posted):
-                return name
-        return None
+        return next((name for name in self._signs.living() if name not in busy and not self._is_elsewhere(name)), None)
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Whether it works on a job that another driver gave it."""
+        trial = self._signs.working_on(name)
+        return trial is not None and not (isinstance(trial, int) and trial in self._posted)
 
     def _wait(self, steps: Steps) -> Result:
         self._until(steps, lambda: bool(self._found))
@@ -322,12 +324,10 @@ def _serve(
     address: Address, name: str, build: Build, pipe: Connection, leaving: Any, threads: int, limit: float
 ) -> None:
     """Evaluate what is offered until told to leave."""
-    evaluate, board = loaded(build, pipe, threads), address.board()
-    if evaluate is None:
+    seated = loaded(partial(_seated, address, build), pipe, threads)
+    if seated is None:
         return
-    if board is None:
-        pipe.send(("broken", RunError(f"there is no search {address.name!r} in the storage any more")))
-        return
+    board, evaluate = seated
     pipe.send(("ready",))
     worker = _Worker(board, name, limit)
     pause = SHORTEST
@@ -349,6 +349,14 @@ def _serve(
             return
         board.answer(trial, {"evaluation": evaluation.to_json(), **worker.place(trial)}, content)
         pipe.send(("done",))
+
+
+def _seated(address: Address, build: Build) -> tuple[Board, Evaluate]:
+    """What a worker needs. Raises `RunError` if the search is gone, or as `build` does."""
+    board = address.board()
+    if board is None:
+        raise RunError(f"there is no search {address.name!r} in the storage any more")
+    return board, build()
 
 
 class _Worker:

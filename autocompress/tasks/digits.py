@@ -61,8 +61,8 @@ def shift(inputs: Tensor, generator: torch.Generator) -> Tensor:
     return padded[index, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
 
 
-def _split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """60% train, 20% val, 20% test, each with the same mix of digits."""
+def splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images (n, 1, 8, 8) in [0, 1]: 60% train, 20% val, 20% test, each with the same mix of digits."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16.0).astype(np.float32).reshape(-1, 1, 8, 8)
     train_x, rest_x, train_y, rest_y = train_test_split(
@@ -74,7 +74,7 @@ def _split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def digits() -> ClassificationTask:
     """The built-in task; the first call trains the network and caches it."""
-    data = _split()
+    data = splits()
     return ClassificationTask(
         trained, data["train"], data["val"], data["test"], name="digits", batch_size=32, augment=shift
     )
@@ -96,7 +96,7 @@ def _train(model: nn.Module) -> None:
         for module in model.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
-    data = _split()
+    data = splits()
     task = ClassificationTask(model, data["train"], data["val"], data["test"], batch_size=64, augment=shift)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)

@@ -9,14 +9,12 @@ one core) and keeps it in the user's cache folder.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from autocompress import ClassificationTask
+from autocompress.tasks.digits import splits
 from autocompress.tasks.trained import trained
 
 SEED, EPOCHS, BATCH = 0, 60, 32
@@ -28,15 +26,6 @@ class Digits(ClassificationTask):
 
     def prepare(self, inputs: Tensor) -> dict[str, Tensor]:
         return {"pixel_values": inputs}
-
-
-def splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images (n, 1, 8, 8) in [0, 1]: 60% to train on, 20% in `val` and 20% in `test`, with the same mix of digits."""
-    flat, y = load_digits(return_X_y=True)
-    x = (flat / 16).astype(np.float32).reshape(-1, 1, 8, 8)
-    train_x, rest_x, train_y, rest_y = train_test_split(x, y, test_size=0.4, random_state=SEED, stratify=y)
-    val_x, test_x, val_y, test_y = train_test_split(rest_x, rest_y, test_size=0.5, random_state=SEED, stratify=rest_y)
-    return {"train": (train_x, train_y), "val": (val_x, val_y), "test": (test_x, test_y)}
 
 
 def network() -> nn.Module:

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from example_files import example
 
 from autocompress.engine import Workbench, compress
 from autocompress.policy import LayerChoice, Policy, Recovery
-
-SOURCE = Path(__file__).parents[2] / "docs" / "examples" / "library.py"
 
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("transformers")
-    spec = importlib.util.spec_from_file_location("library_example", SOURCE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return example("library", monkeypatch)
 
 
 def test_batches_are_dictionaries_and_splits_do_not_overlap(library: ModuleType) -> None:

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from example_files import example
 
 from autocompress import TaskError
 from autocompress.trace import trace
 
-SOURCE = Path(__file__).parents[2] / "docs" / "examples" / "sequences.py"
-
 
 @pytest.fixture
 def sequences(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sequences_example", SOURCE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return example("sequences", monkeypatch)
 
 
 @pytest.fixture
