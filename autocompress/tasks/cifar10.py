@@ -160,7 +160,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         said = str(error).splitlines() or [type(error).__name__]
         raise TaskError(f"cannot read the checkpoint {path}: {said[0]}") from None
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise TaskError(f"{path} is not a state dict: save one with torch.save(model.state_dict(), PATH)")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
@@ -203,13 +205,14 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, 3, 32, 32) uint8 and labels (n,) of one file of the data set. Raises `TaskError`."""
     try:
         stored = path.read_bytes()
-        for _ in pickletools.genops(stored):  # every length is looked at before anything is allocated by it
-            pass
+        for code, given, _ in pickletools.genops(stored):  # looks at each length before anything is allocated by it
+            if "PUT" in code.name and isinstance(given, int) and given > len(stored):  # a table of so many entries
+                raise pickle.UnpicklingError(f"it remembers {given} values")
         content = _ArraysOnly(io.BytesIO(stored), encoding="bytes").load()
-        pixels, given = content[b"data"], content[b"labels"]
-        if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and isinstance(given, list)):
+        pixels, named = content[b"data"], content[b"labels"]
+        if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and isinstance(named, list)):
             raise TypeError("its data is no array of bytes, or its labels are no list")
-        images, labels = pixels.reshape(-1, 3, 32, 32), np.array([operator.index(label) for label in given], np.int64)
+        images, labels = pixels.reshape(-1, 3, 32, 32), np.array([operator.index(label) for label in named], np.int64)
     except OSError as error:
         raise TaskError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # a damaged pickle can raise anything

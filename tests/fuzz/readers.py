@@ -97,10 +97,10 @@ class Judge:
             self.refused += 1
         took = time.process_time() - start
         self.slowest = max(self.slowest, took)
-        if took > SECONDS:
-            raise Broken(f"an input of {len(content)} bytes took {took:.2f} s")
         if (grown := _peak() - self._peak) > MEMORY:
             raise Broken(f"the process grew by {grown / 2**20:.0f} MiB")
+        if took > SECONDS:
+            raise Broken(f"an input of {len(content)} bytes took {took:.2f} s")
 
 
 def _peak() -> int:

@@ -134,6 +134,15 @@ def test_lists_that_repeat_one_another_are_not_spread_out(tmp_path: Path) -> Non
         read_batch(path)
 
 
+@pytest.mark.parametrize("remembers", [b"r\xff\xff\xff\x0f", b"p268435455\n"])
+def test_table_of_what_a_batch_remembers_is_not_larger_than_the_batch(tmp_path: Path, remembers: bytes) -> None:
+    """An index of 2**28 into the unpickler's table, which would take 4 GiB."""
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(b"\x80\x02}" + remembers + b".")
+    with pytest.raises(TaskError, match="it remembers 268435455 values"):
+        read_batch(path)
+
+
 def test_schema_that_cannot_be_quoted_is_damage(known: dict[str, Reader]) -> None:
     content = next(iter(known["journal"].seeds))
     judge = Judge(known["journal"])

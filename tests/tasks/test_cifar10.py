@@ -289,7 +289,10 @@ def test_a_checkpoint_that_would_run_code_runs_none(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("value", [[1, 2], torch.ones(3), {"state_dict": 5}, {"epoch": 3}, {"state_dict": {"a": 1}}])
+@pytest.mark.parametrize(
+    "value",
+    [[1, 2], torch.ones(3), {"state_dict": 5}, {"epoch": 3}, {"state_dict": {"a": 1}}, {("a", 1): torch.ones(3)}],
+)
 def test_a_checkpoint_without_a_state_dict_is_told_how_to_save_one(tmp_path: Path, value: Any) -> None:
     torch.save(value, tmp_path / "model.pt")
     message = complaint(lambda: read_checkpoint(tmp_path / "model.pt"))
