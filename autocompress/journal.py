@@ -67,14 +67,31 @@ class Begun(NamedTuple):
     asked: int
 
 
-class _Connection(sqlite3.Connection):
-    """Python cannot read the message of an error that quotes a damaged schema."""
+@contextmanager
+def _malformed() -> Iterator[None]:
+    """What Python raises of damaged files beside the database's own errors."""
+    try:
+        yield
+    except UnicodeDecodeError as error:  # the message of an error that quotes the schema
+        raise sqlite3.DatabaseError(f"malformed schema: {error}") from error
+    except MemoryError as error:  # a row that announces more than it has
+        raise sqlite3.DatabaseError("malformed row, or no memory is left") from error
 
+
+class _Cursor(sqlite3.Cursor):
+    def fetchone(self) -> Any:
+        with _malformed():
+            return super().fetchone()
+
+    def fetchall(self) -> list[Any]:
+        with _malformed():
+            return super().fetchall()
+
+
+class _Connection(sqlite3.Connection):
     def execute(self, *given: Any) -> sqlite3.Cursor:
-        try:
-            return super().execute(*given)
-        except UnicodeDecodeError as error:
-            raise sqlite3.DatabaseError(f"malformed schema: {error}") from error
+        with _malformed():
+            return self.cursor(_Cursor).execute(*given)
 
 
 class Journal:

@@ -151,6 +151,16 @@ def test_schema_that_cannot_be_quoted_is_damage(known: dict[str, Reader]) -> Non
     assert judge.refused == 1
 
 
+def test_row_that_announces_more_than_it_has_is_damage(known: dict[str, Reader]) -> None:
+    """Python's sqlite3 raises `MemoryError` of some of these."""
+    content = next(iter(known["journal"].seeds))
+    judge = Judge(known["journal"])
+    for at in range(4096, 8192, 4):
+        judge(content[:at] + bytes([255] * 8) + content[at + 8 :])
+    assert judge.refused > 0
+    assert judge.read > 0
+
+
 # --- nothing from a file is executed --------------------------------------------------------------------
 
 
