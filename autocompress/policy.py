@@ -38,6 +38,9 @@ CODE_BITS = 8
 MOST_ENTROPY = 6
 """Most bits that such codes take on average: above, what a byte cannot reach costs more than the coding saves."""
 
+SMALL_FLOATS = 2.5
+"""With so many bits or fewer a layer's scales and bias take 8: that moves rows by 1.3%, such codes weights by 7%."""
+
 
 def _require(condition: bool, what: str, given: object, required: str) -> None:
     if not condition:
@@ -98,6 +101,11 @@ class LayerChoice:
     def symmetric(self) -> bool:
         """Whether the zero point is in the middle of the codes, so that it is not stored."""
         return self.scheme != "asymmetric" or self.width == 1
+
+    @property
+    def small_floats(self) -> bool:
+        """Whether the scales and the bias beside the codes take 8 bits in place of 16."""
+        return self.scheme == "entropy" and self.bits <= SMALL_FLOATS
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: a search makes thousands, so it does not go through `asdict`."""

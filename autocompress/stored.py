@@ -6,8 +6,10 @@ measured is what ships. Knows nothing about policies or files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from autocompress.coding import alphabet, coded_length
 class Quantised:
     """value = scale * (code - zero), one scale and zero per slice of dimension 0.
 
-    `codes` uint8 in [0, 2^bits), any shape; `scale` float32 (out,), already exact in the file's 16 bits;
+    `codes` uint8 in [0, 2^bits), any shape; `scale` float32 (out,), already exact in the file's `scale_bits`;
     `zero` uint8 (out,). `mask` bool, of the same shape as `codes`: False where the weight was pruned, whose code
     is the zero point; None when nothing was. With 1 bit the zero point is 1, and codes are 0 or 2: minus or plus the
     scale. `coded` is the number of bytes that the codes take when entropy coded, None where that was not computed.
@@ -32,6 +34,7 @@ class Quantised:
     symmetric: bool
     mask: Tensor | None = None
     coded: int | None = None
+    scale_bits: Literal[8, 16] = 16
 
     def steps(self) -> Tensor:
         """Codes counted from the zero point, int16."""
@@ -77,6 +80,17 @@ class Half:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Byte:
+    """Float32 `values` that `round_to_byte` maps to themselves."""
+
+    values: Tensor
+
+    def dense(self) -> Tensor:
+        """Float32 values."""
+        return self.values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Full:
     """Float32 `values` as they are; `mask` as in `Quantised`."""
 
@@ -99,7 +113,7 @@ class Raw:
         return self.values
 
 
-Stored = Quantised | Half | Full | Raw
+Stored = Quantised | Half | Byte | Full | Raw
 StoredModel = Mapping[str, Stored]
 """State-dict name to stored tensor, in the order of the file."""
 
@@ -110,6 +124,8 @@ def _per_row(values: Tensor, like: Tensor) -> Tensor:
 
 MAX_EXPONENT = 160
 """Largest power of two, up or down, by which a section of halves is scaled."""
+BYTE_EXPONENTS = (-114, 149)
+"""That of bytes: float32 ends at 2^128, which is 128 squared times 2^114, and begins at 2^-149."""
 
 
 def half_exponent(values: Tensor) -> int:
@@ -143,3 +159,52 @@ def from_half(values: Tensor, exponent: int) -> Tensor:
 def round_to_half(values: Tensor) -> Tensor:
     """Float32 values as the file will hold them."""
     return from_half(*to_half(values))
+
+
+def byte_exponent(values: Tensor, *, signed: bool) -> int:
+    """The power of two by which `values` are multiplied before their roots become bytes.
+
+    The greatest one that brings the largest root to at most 255, or 127 where one bit is the sign.
+    """
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    if largest == 0.0:
+        return 0
+    top, exponent = (
+        _top(signed),
+        14 - math.frexp(largest)[1] - 2 * signed,
+    )  # the root is from 90 to 128, or half of that
+    while round(math.sqrt(math.ldexp(largest, exponent + 1))) <= top:
+        exponent += 1
+    # what is read back must find the same exponent, though its largest may have been rounded down
+    exponent += round(math.sqrt(2) * round(math.sqrt(math.ldexp(largest, exponent)))) <= top
+    return min(exponent, BYTE_EXPONENTS[1])
+
+
+def _top(signed: bool) -> int:
+    return 127 if signed else 255
+
+
+def to_byte(values: Tensor) -> tuple[Tensor, int, bool]:
+    """Bytes as uint8, their exponent, and whether they are signed: `from_byte` of these is the stored value.
+
+    Roots are rounded, not values (companding): scales of one layer can differ by factors of hundreds.
+    """
+    signed = bool((values < 0).any())
+    exponent = byte_exponent(values, signed=signed)
+    roots = (values.double().abs() * 2.0**exponent).sqrt().round().clamp_max(_top(signed))
+    roots = torch.where(values < 0, -roots, roots)
+    if signed and not bool((roots < 0).any()):
+        return to_byte(values.clamp_min(0))
+    return (roots % 256).to(torch.uint8), exponent, signed
+
+
+def from_byte(codes: Tensor, exponent: int, *, signed: bool) -> Tensor:
+    """Float32 values of `to_byte`; exact."""
+    roots = (codes.to(torch.int8) if signed else codes).double()
+    return (roots * roots.abs() * 2.0**-exponent).float()
+
+
+def round_to_byte(values: Tensor) -> Tensor:
+    """Float32 values as the file will hold them in 8 bits."""
+    codes, exponent, signed = to_byte(values)
+    return from_byte(codes, exponent, signed=signed)

@@ -153,7 +153,9 @@ class PackedTarget:
     def level_bytes(self, layer: Layer, choice: LayerChoice, stored: Stored) -> int:
         count = math.prod(layer.shape)
         coded = stored.coding() if isinstance(stored, Quantised) else None
-        return weight_entry(layer.weight, layer.shape, choice, count - choice.zeros(count), coded).nbytes
+        weight = weight_entry(layer.weight, layer.shape, choice, count - choice.zeros(count), coded)
+        biased = sum(owner.weight == layer.weight for owner in self._graph.biases.values())
+        return weight.nbytes + biased * layer.shape[0] * (1 if choice.small_floats else 2)
 
     def prepared(self, policy: Policy) -> Policy:
         return policy

@@ -35,7 +35,7 @@ from autocompress.policy import LayerChoice, Policy, Recovery
 from autocompress.profile import Level, Profile, measure, with_groups
 from autocompress.runners.base import Result, keep_busy
 from autocompress.space import Space, load_space, parse_space
-from autocompress.stored import Full, Half, Quantised, Raw, Stored
+from autocompress.stored import Byte, Full, Half, Quantised, Raw, Stored
 from autocompress.study import Outcome, Settings, search
 from autocompress.target import Place, Reloaded
 from autocompress.trial import Curve, Evaluation, Measurement
@@ -330,9 +330,12 @@ def _zeros(entry: Entry) -> Stored:
     if entry.kind == "quantised":
         zero = torch.full(entry.shape[:1], 2 ** (entry.bits - 1), dtype=torch.uint8)
         codes = torch.full(entry.shape, 2 ** (entry.bits - 1), dtype=torch.uint8)
-        return Quantised(codes, torch.ones(entry.shape[:1]), zero, entry.bits, entry.symmetric, mask)
+        grid = (entry.bits, entry.symmetric, mask)
+        return Quantised(codes, torch.ones(entry.shape[:1]), zero, *grid, scale_bits=8 if entry.scale_bits == 8 else 16)
     if entry.kind == "raw":
         return Raw(torch.zeros(entry.shape, dtype=getattr(torch, entry.dtype)))
+    if entry.kind == "byte":
+        return Byte(torch.zeros(entry.shape))
     return (Half if entry.kind == "half" else Full)(torch.zeros(entry.shape), mask)
 
 

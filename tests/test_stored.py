@@ -7,7 +7,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autocompress.stored import Full, Half, Quantised, Raw, from_half, half_exponent, round_to_half, to_half
+from autocompress.stored import (
+    BYTE_EXPONENTS,
+    Byte,
+    Full,
+    Half,
+    Quantised,
+    Raw,
+    from_byte,
+    from_half,
+    half_exponent,
+    round_to_byte,
+    round_to_half,
+    to_byte,
+    to_half,
+)
 
 NEAR_THE_LARGEST = st.lists(
     st.tuples(st.sampled_from((-1.0, 1.0)), st.floats(2.0**-20, 1.0, exclude_max=True, width=32)),
@@ -35,8 +49,8 @@ def test_quantised_values_are_scale_times_code_minus_zero_per_row(shape: tuple[i
     np.testing.assert_array_equal(found.numpy(), expected)
 
 
-@pytest.mark.parametrize("kind", [Half, Full, Raw])
-def test_unquantised_tensors_are_their_values(kind: type[Half] | type[Full] | type[Raw]) -> None:
+@pytest.mark.parametrize("kind", [Half, Byte, Full, Raw])
+def test_unquantised_tensors_are_their_values(kind: type[Half] | type[Byte] | type[Full] | type[Raw]) -> None:
     values = torch.tensor([1.0, -2.0, 0.5])
     assert torch.equal(kind(values).dense(), values)
 
@@ -99,3 +113,63 @@ def test_exponents_reach_all_floats_and_clamp(largest: float, expected: int) -> 
 def test_nothing_but_zeros_has_exponent_zero(values: Tensor) -> None:
     assert half_exponent(values) == 0
     assert torch.equal(round_to_half(values), values)
+
+
+# --- bytes ----------------------------------------------------------------------------------------------
+
+ANY = st.lists(st.floats(-(2.0**127), 2.0**127, width=32, allow_subnormal=True), min_size=1, max_size=12)
+ALIKE = st.tuples(
+    st.lists(st.floats(-1.0, 1.0, width=32), min_size=1, max_size=12), st.floats(2.0**-100, 2.0**100, width=32)
+)
+
+
+@settings(max_examples=300, deadline=None)
+@example([1.0, -1e-9])  # its only negative value becomes 0
+@example([180.4**2, 1.0])  # rounded down its root would fit in with another exponent
+@example([1e-45, -3e-45])
+@given(ANY)
+def test_bytes_of_bytes_are_the_same(values: list[float]) -> None:
+    given_values = torch.tensor(values, dtype=torch.float32)
+    codes, exponent, signed = to_byte(given_values)
+    once = from_byte(codes, exponent, signed=signed)
+    assert BYTE_EXPONENTS[0] <= exponent <= BYTE_EXPONENTS[1]
+    assert torch.equal(round_to_byte(once), once)
+    assert torch.isfinite(once).all()
+    if once.any():
+        again = to_byte(once)
+        assert torch.equal(again[0], codes)
+        assert again[1:] == (exponent, signed)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ALIKE)
+def test_roots_are_within_half_of_a_step(drawn: tuple[list[float], float]) -> None:
+    """A step is at most a 180th of the largest root (90th with signs), and what is cut off the top half of one more."""
+    values = torch.tensor(drawn[0], dtype=torch.float32) * drawn[1]
+    largest = float(values.abs().max())
+    found = round_to_byte(values).double()
+    step = (largest**0.5) / (90 if (values < 0).any() else 180)
+    assert ((found.abs().sqrt() - values.double().abs().sqrt()).abs() <= 1.01 * step).all()
+    assert ((values.sign() == found.sign()) | (found == 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("largest", "exponent"), [(1.0, 15), (65025.0, 0), (65536.0, -1), (3.4e38, -113), (1e-45, 149)]
+)
+def test_unsigned_bytes_count_squares(largest: float, exponent: int) -> None:
+    codes, found, signed = to_byte(torch.tensor([largest, 0.0, largest / 4]))
+    assert (found, signed) == (exponent, False)
+    assert int(codes[0]) == min(255, round((largest * 2.0**exponent) ** 0.5))
+    assert abs(int(codes[0]) / 2 - int(codes[2])) <= 0.5
+
+
+def test_signed_bytes_are_two_s_complement_of_roots() -> None:
+    codes, exponent, signed = to_byte(torch.tensor([16129.0, -16129.0, 4.0, -9.0, 0.0]))
+    assert (exponent, signed) == (0, True)
+    assert codes.tolist() == [127, 256 - 127, 2, 256 - 3, 0]
+
+
+@pytest.mark.parametrize("values", [torch.zeros(3), torch.zeros(0), -torch.zeros(2)])
+def test_bytes_of_nothing_but_zeros(values: Tensor) -> None:
+    assert to_byte(values)[1:] == (0, False)
+    assert torch.equal(round_to_byte(values), values)

@@ -10,7 +10,7 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ PREFIX = struct.Struct("<4sIQI8sd")  # magic, CRC-32 of what follows it, file le
 MAX_HEADER = 4 * 2**20
 MAX_DIMENSIONS = 8
 
-Kind = Literal["quantised", "half", "full", "raw"]
+Kind = Literal["quantised", "half", "byte", "full", "raw"]
 Coding = Literal["dense", "bitmask", "entropy"]
 WORTHWHILE = 8
 """Bytes that entropy coding has to save: more than the longer row takes in the header."""
@@ -47,7 +47,7 @@ RAW_BYTES = {
 class Entry:
     """One tensor in the file. `count` is the number of values that are written: all, or those a bitmask marks.
 
-    `coded` is the length in bytes of the codes if they are entropy coded.
+    `coded` is the length in bytes of the codes if they are entropy coded, `scale_bits` what each row's scale takes.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Entry:
     symmetric: bool = True
     dtype: str = "float32"
     coded: int = 0
+    scale_bits: int = 16
 
     @property
     def nbytes(self) -> int:
@@ -67,12 +68,13 @@ class Entry:
         mask = -(-prod(self.shape) // 8) if self.coding == "bitmask" else 0
         if self.kind == "quantised":
             rows = self.shape[0]
-            return 2 + 2 * rows + (0 if self.symmetric else rows) + mask + values
-        return (2 if self.kind == "half" else 0) + mask + values
+            return 2 + self.scale_bits // 8 * rows + (0 if self.symmetric else rows) + mask + values
+        return (2 if self.kind in ("half", "byte") else 0) + mask + values
 
     def to_json(self) -> list[Any]:
         """As short as it can be and still be plain."""
-        row: list[Any] = [self.name, "e" if self.coding == "entropy" else self.kind[0], list(self.shape)]
+        letter = "e" if self.coding == "entropy" else self.kind[0]
+        row: list[Any] = [self.name, letter + ("8" if self.scale_bits == 8 else ""), list(self.shape)]
         if self.kind == "raw":
             return [*row, self.dtype]
         if self.kind == "quantised":
@@ -85,7 +87,7 @@ class Entry:
     def from_json(cls, row: Any) -> Entry:
         """The entry that `to_json` wrote; every number is checked before anything is allocated."""
         name, letter, shape, *rest = _list(row, 3, 6)
-        if not isinstance(name, str) or letter not in ("q", "e", "h", "f", "r"):
+        if not isinstance(name, str) or letter not in ("q", "q8", "e", "e8", "h", "b", "f", "r"):
             raise ArtifactError(f"the header describes a tensor as {row!r}")
         shape = tuple(_count(size) for size in _list(shape, 0, MAX_DIMENSIONS))
         numel = prod(shape)
@@ -95,14 +97,19 @@ class Entry:
             if not isinstance(dtype, str) or dtype not in RAW_BYTES:
                 raise ArtifactError(f"tensor {name!r} has unknown type {dtype!r}")
             return cls(name, "raw", shape, 8 * RAW_BYTES[dtype], count=numel, dtype=dtype)
-        if letter in ("q", "e"):
+        if letter == "b":
+            _list(rest, 0, 0)
+            return cls(name, "byte", shape, 8, count=numel)
+        scale_bits = 8 if letter.endswith("8") else 16
+        if letter[0] in "qe":
             bits, symmetric, *rest = _list(rest, 2, 3)
             whole = type(bits) is int and type(symmetric) is int
             if not (whole and 1 <= bits <= 8 and symmetric in (0, 1) and (symmetric or bits > 1) and shape):
                 raise ArtifactError(f"tensor {name!r} has an impossible grid")
-            if letter == "e":
+            if letter[0] == "e":
                 coded = _count(*_list(rest, 1, 1))
-                return cls(name, "quantised", shape, bits, "entropy", numel, bool(symmetric), coded=coded)
+                entry = cls(name, "quantised", shape, bits, "entropy", numel, bool(symmetric), coded=coded)
+                return replace(entry, scale_bits=scale_bits)
             kind: Kind = "quantised"
         else:
             kind, bits, symmetric = ("half", 16, 1) if letter == "h" else ("full", 32, 1)
@@ -110,7 +117,7 @@ class Entry:
         count = _count(*_list(rest, 1, 1)) if rest else numel
         if count > numel:
             raise ArtifactError(f"tensor {name!r} marks {count} of {numel} values")
-        return cls(name, kind, shape, int(bits), coding, count, bool(symmetric))
+        return cls(name, kind, shape, int(bits), coding, count, bool(symmetric), scale_bits=scale_bits)
 
 
 def _list(value: Any, low: int, high: int) -> list[Any]:
@@ -139,24 +146,27 @@ def weight_entry(
     bits, length = coded or (choice.width, None)
     kind, count = kinds.get(bits, "quantised"), prod(shape)
     symmetric = choice.symmetric or kind != "quantised"
+    entry = Entry(name, kind, shape, bits, "dense", count, symmetric, scale_bits=8 if choice.small_floats else 16)
     options = []
     if kept == count or bits > 1:  # one bit is a sign and cannot be zero
-        options.append(Entry(name, kind, shape, bits, "dense", count, symmetric))
+        options.append(entry)
     if kept < count:
-        options.append(Entry(name, kind, shape, bits, "bitmask", kept, symmetric))
+        options.append(replace(entry, coding="bitmask", count=kept))
     shortest = min(options, key=lambda entry: entry.nbytes)
     if length is None or count > SYMBOLS_PER_BYTE * length:
         return shortest
-    stream = Entry(name, kind, shape, bits, "entropy", count, symmetric, coded=length)
+    stream = replace(entry, coding="entropy", coded=length)
     return stream if stream.nbytes + WORTHWHILE <= shortest.nbytes else shortest
 
 
-def rest_entry(name: str, shape: Shape, dtype: str) -> Entry:
-    """How anything but a compressible weight is written: floats at 16 bits if they fit, integers as they are."""
+def rest_entry(name: str, shape: Shape, dtype: str, *, small: bool = False) -> Entry:
+    """How anything but a compressible weight is written: floats at 16 bits (`small`: 8) if they fit, integers as is."""
     if dtype in RAW_BYTES:
         return Entry(name, "raw", shape, 8 * RAW_BYTES[dtype], count=prod(shape), dtype=dtype)
     if dtype == "exact":
         return Entry(name, "full", shape, 32, count=prod(shape))
+    if small:
+        return Entry(name, "byte", shape, 8, count=prod(shape))
     return Entry(name, "half", shape, 16, count=prod(shape))
 
 
@@ -168,13 +178,15 @@ def plan(graph: Graph, policy: Policy, coded: Coded | None = None) -> tuple[Entr
     """Every entry of the file that `policy` leads to; weights that `coded` does not name are not entropy coded."""
     coded = coded or {}
     choices = {layer.weight: choice for layer, choice in graph.choices(policy)}
+    small = graph.small_floats(policy)
     entries = []
     for name, shape in graph.contents(policy).items():
         if name in choices:
             kept = prod(shape) - choices[name].zeros(prod(shape))
             entries.append(weight_entry(name, shape, choices[name], kept, coded.get(name)))
         else:
-            entries.append(rest_entry(name, shape, graph.tensors.get(name, (shape, "float32"))[1]))
+            dtype = graph.tensors.get(name, (shape, "float32"))[1]
+            entries.append(rest_entry(name, shape, dtype, small=name in small))
     return tuple(entries)
 
 

@@ -48,7 +48,7 @@ from autocompress.artifact.onnx_rewrite import rewrite
 from autocompress.errors import ArtifactError, ExportError
 from autocompress.graph import Layer
 from autocompress.runtime import Outputs, RuntimeModel, feeds, session
-from autocompress.stored import Full, Half, Quantised, Raw, Stored, StoredModel, to_half
+from autocompress.stored import Byte, Full, Half, Quantised, Raw, Stored, StoredModel, to_half
 from autocompress.task import arguments, call, few, length, tensors
 
 if TYPE_CHECKING:  # its import starts threads, which processes that fork later would miss
@@ -294,11 +294,11 @@ def filling(stored: Stored) -> Filling:
     """One tensor, exactly: a weight's codes count from its zero point."""
     if isinstance(stored, Quantised):
         return _codes(stored)
-    if isinstance(stored, Half):
+    if isinstance(stored, Half | Byte):
         halves, exponent = to_half(stored.values)
         if abs(exponent) <= MAX_EXPONENT:
             return Halves(halves.numpy(), 2.0**-exponent)
-    if isinstance(stored, Half | Full):
+    if isinstance(stored, Half | Byte | Full):
         return stored.dense().numpy().astype(np.float32)
     assert isinstance(stored, Raw)
     return stored.values.numpy()

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,21 @@ from autocompress import coding
 from autocompress.artifact.layout import MAGIC, PREFIX, RAW_BYTES, Entry, Header
 from autocompress.errors import ArtifactError
 from autocompress.graph import tensors_fingerprint
-from autocompress.stored import MAX_EXPONENT, Full, Half, Quantised, Raw, Stored, StoredModel, from_half, to_half
+from autocompress.stored import (
+    BYTE_EXPONENTS,
+    MAX_EXPONENT,
+    Byte,
+    Full,
+    Half,
+    Quantised,
+    Raw,
+    Stored,
+    StoredModel,
+    from_byte,
+    from_half,
+    to_byte,
+    to_half,
+)
 from autocompress.surgery import foreign_state, install, tensors_of, without
 from autocompress.task import Task, eager
 
@@ -46,8 +60,11 @@ def unpack_bits(content: Bytes, bits: int, count: int) -> Bytes:
     return np.packbits(padded, axis=1).reshape(count)
 
 
-def _halves(values: Tensor) -> tuple[bytes, bytes]:
-    """The exponent as int16 and the halves, all little-endian."""
+def _floats(values: Tensor, bits: int) -> tuple[bytes, bytes]:
+    """The exponent (with 8 bits twice that, plus 1 if signed) as int16 and the floats, all little-endian."""
+    if bits == 8:
+        codes, exponent, signed = to_byte(values)
+        return struct.pack("<h", 2 * exponent + signed), codes.numpy().tobytes()
     halves, exponent = to_half(values)
     return struct.pack("<h", exponent), halves.numpy().astype("<f2").tobytes()
 
@@ -58,13 +75,13 @@ def write_section(entry: Entry, stored: Stored) -> bytes:
     marked = mask if entry.coding == "bitmask" else None
     head = np.packbits(marked.flatten().numpy()).tobytes() if marked is not None else b""
     if isinstance(stored, Quantised):
-        exponent, scale = _halves(stored.scale)
+        exponent, scale = _floats(stored.scale, entry.scale_bits)
         zero = b"" if stored.symmetric else stored.zero.numpy().tobytes()
         return exponent + scale + zero + head + _codes(entry, stored, marked)
     values = stored.dense() if marked is None else stored.dense()[marked]
-    if isinstance(stored, Half):
-        exponent, halves = _halves(values.flatten())
-        return exponent + head + halves
+    if isinstance(stored, Half | Byte):
+        exponent, floats = _floats(values.flatten(), entry.bits)
+        return exponent + head + floats
     if isinstance(stored, Full):
         return head + values.flatten().numpy().astype("<f4").tobytes()
     return values.contiguous().flatten().view(torch.uint8).numpy().tobytes() if values.numel() else b""
@@ -88,15 +105,20 @@ class _Reader:
         self._at += count
         return piece
 
-    def halves(self, exponent: int, count: int) -> Tensor:
-        values = torch.from_numpy(self.take(2 * count).view("<f2").astype(np.float32))
+    def floats(self, bits: int, exponent: int, count: int) -> Tensor:
+        if bits == 8:
+            values = from_byte(torch.from_numpy(self.take(count).copy()), exponent >> 1, signed=bool(exponent & 1))
+        else:
+            values = from_half(torch.from_numpy(self.take(2 * count).view("<f2").astype(np.float32)), exponent)
         if not bool(torch.isfinite(values).all()):
             raise ArtifactError("the artifact holds a value that is not finite")
-        return from_half(values, exponent)
+        return values
 
-    def exponent(self) -> int:
+    def exponent(self, bits: int) -> int:
+        """What `_floats` wrote first."""
         value = int(self.take(2).view("<i2")[0])
-        if not -MAX_EXPONENT - 1 <= value <= MAX_EXPONENT:
+        low, high = BYTE_EXPONENTS if bits == 8 else (-MAX_EXPONENT - 1, MAX_EXPONENT)
+        if not low <= (value >> 1 if bits == 8 else value) <= high:
             raise ArtifactError(f"the artifact holds an impossible exponent, {value}")
         return value
 
@@ -110,9 +132,10 @@ def read_section(entry: Entry, content: memoryview) -> Stored:
             raise ArtifactError(f"tensor {entry.name!r} is not boolean")
         typed = values.view(_DTYPES[entry.dtype]) if numel else values.to(_DTYPES[entry.dtype])
         return Raw(typed.reshape(shape))
-    exponent = reader.exponent() if entry.kind != "full" else 0
+    small = entry.kind == "byte" or entry.scale_bits == 8
+    exponent = reader.exponent(8 if small else 16) if entry.kind != "full" else 0
     if entry.kind == "quantised":
-        scale = reader.halves(exponent, shape[0])
+        scale = reader.floats(entry.scale_bits, exponent, shape[0])
         half = 2 ** (entry.bits - 1)
         zero = (
             torch.full((shape[0],), half, dtype=torch.uint8)
@@ -129,9 +152,12 @@ def read_section(entry: Entry, content: memoryview) -> Stored:
     if entry.kind == "quantised":
         rows = zero.reshape(-1, *[1] * (len(shape) - 1))
         codes = _place(_codes_of(entry, reader, rows), shape, mask, rows.expand(shape))
-        return Quantised(codes, scale, zero, entry.bits, entry.symmetric, mask)
+        scale_bits: Literal[8, 16] = 8 if entry.scale_bits == 8 else 16
+        return Quantised(codes, scale, zero, entry.bits, entry.symmetric, mask, scale_bits=scale_bits)
+    if entry.kind == "byte":
+        return Byte(reader.floats(8, exponent, entry.count).reshape(shape))
     if entry.kind == "half":
-        return Half(_place(reader.halves(exponent, entry.count), shape, mask, torch.zeros(shape)), mask)
+        return Half(_place(reader.floats(16, exponent, entry.count), shape, mask, torch.zeros(shape)), mask)
     floats = torch.from_numpy(reader.take(4 * entry.count).view("<f4").astype(np.float32))
     if bool(torch.isnan(floats).any()):
         raise ArtifactError(f"tensor {entry.name!r} holds a value that is not a number")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autocompress.policy import LayerChoice
-from autocompress.stored import Full, Half, Quantised, Stored, half_exponent, round_to_half
+from autocompress.stored import Full, Half, Quantised, Stored, half_exponent, round_to_byte, round_to_half
 
 PART_SIZE = 2**22
 """Most weights whose grids are sought at once: temporary copies take several times as much memory."""
@@ -178,7 +178,8 @@ def quantise(weight: Tensor, choice: LayerChoice, mask: Tensor | None, grid: Gri
 def rescale(stored: Stored, factor: Tensor) -> Stored:
     """Each row multiplied by `factor` (out,): a grid absorbs it in its scale, so the codes stay."""
     if isinstance(stored, Quantised):
-        return replace(stored, scale=round_to_half(stored.scale * factor))
+        rounded = round_to_byte if stored.scale_bits == 8 else round_to_half
+        return replace(stored, scale=rounded(stored.scale * factor))
     values = stored.dense() * factor.reshape(-1, *[1] * (stored.values.ndim - 1))
     if isinstance(stored, Half):
         return Half(round_to_half(values), stored.mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from autocompress.engine.quantize import rescale
 from autocompress.graph import Graph, Layer
 from autocompress.policy import Policy
-from autocompress.stored import Full, Half, Raw, Stored, StoredModel, round_to_half
+from autocompress.stored import Byte, Full, Half, Quantised, Raw, Stored, StoredModel, round_to_byte, round_to_half
 from autocompress.surgery import fold_scale
 from autocompress.task import Batch, call, length, to_device
 
@@ -106,27 +107,39 @@ def fold(
 ) -> dict[str, Stored]:
     """Everything the file holds, in its order: the stored `weights`, and the rest at 16 bits.
 
-    If the policy folds, each batch norm that follows a layer alone disappears into that layer's scales and bias.
-    `state` holds the compressed model's tensors, `eps` each norm's epsilon.
+    Scales and biases of layers with few bits take 8 (`LayerChoice.small_floats`). If the policy folds, each batch norm
+    that follows a layer alone disappears into that layer's scales and bias. `state` holds the compressed model's
+    tensors, `eps` each norm's epsilon.
     """
     folds = {
         layer.name: [value.float() for value in fold_scale(state, layer, eps[norm])]
         for norm, layer in graph.folded(policy).items()
     }
     result: dict[str, Stored] = {}
+    small = graph.small_floats(policy)
     for name in graph.contents(policy):
         owner, _, key = name.rpartition(".")
         if name in weights:
-            result[name] = rescale(weights[name], folds[owner][0]) if owner in folds else weights[name]
+            result[name] = _weight(weights[name], folds[owner][0] if owner in folds else None, name in small)
         elif owner in folds and key == "bias":
-            result[name] = Half(round_to_half(folds[owner][1]))
+            result[name] = _rest(folds[owner][1], "float32", name in small)
         else:
-            result[name] = _rest(state[name], graph.tensors[name][1])
+            result[name] = _rest(state[name], graph.tensors[name][1], name in small)
     return result
 
 
-def _rest(value: Tensor, dtype: str) -> Stored:
+def _weight(stored: Stored, factor: Tensor | None, small: bool) -> Stored:
+    """A weight with each row multiplied by `factor` (out,), its scales rounded to 8 bits if `small`."""
+    if small and isinstance(stored, Quantised):
+        stored = replace(stored, scale_bits=8)
+        return rescale(stored, torch.ones_like(stored.scale) if factor is None else factor)
+    return stored if factor is None else rescale(stored, factor)
+
+
+def _rest(value: Tensor, dtype: str, small: bool) -> Stored:
     """What is not a compressible weight, as `artifact.layout.rest_entry` announces it."""
     if not value.is_floating_point():
         return Raw(value.clone())
-    return Full(value.float().clone()) if dtype == "exact" else Half(round_to_half(value.float()))
+    if dtype == "exact":
+        return Full(value.float().clone())
+    return Byte(round_to_byte(value.float())) if small else Half(round_to_half(value.float()))

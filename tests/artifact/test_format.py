@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from autocompress.artifact import layout, packed
 from autocompress.engine.prune import magnitude_mask
 from autocompress.engine.quantize import quantise
 from autocompress.measure.size import Size
-from autocompress.stored import Full, Half, Quantised, Raw, Stored, round_to_half
+from autocompress.stored import Byte, Full, Half, Quantised, Raw, Stored, round_to_byte, round_to_half
 from autocompress.tasks import cifar10
 from autocompress.trace import trace
 
@@ -56,17 +57,20 @@ def section(content: bytes, at: int, kind: str, shape: list[int], *rest: Any) ->
         assert all(content[k // 8] >> (7 - k % 8) & 1 == 0 for k in range(count, 8 * len(content)))
         return [int(content[k // 8]) >> (7 - k % 8) & 1 for k in range(count)]
 
-    def halves(count: int) -> Array:
+    def floats(count: int) -> Array:
+        if small:
+            roots = take(count, "i1" if exponent % 2 else "u1").astype(np.float64)
+            return np.ldexp(roots * np.abs(roots), -(exponent // 2)).astype(np.float32)
         return np.ldexp(take(count, "<f2").astype(np.float64), -exponent).astype(np.float32)
 
-    n = math.prod(shape)
+    n, small, kind = math.prod(shape), kind in ("q8", "e8", "b"), kind[0]
     if kind == "r":
         dtype = {"bool": "?", "uint8": "u1", "int8": "i1", "int16": "<i2", "int32": "<i4", "int64": "<i8"}[rest[0]]
         return take(n, dtype).reshape(shape), at
-    exponent = int(take(1, "<i2")[0]) if kind in "qeh" else 0
+    exponent = int(take(1, "<i2")[0]) if kind in "qehb" else 0
     if kind in "qe":
         width, symmetric, *rest = rest  # type: ignore[assignment]
-        scale = halves(shape[0])
+        scale = floats(shape[0])
         zero = np.full(shape[0], 2 ** (width - 1)) if symmetric else take(shape[0], "u1").astype(int)
         row = np.arange(n) // max(1, math.prod(shape[1:]))
     if kind == "e":
@@ -82,7 +86,7 @@ def section(content: bytes, at: int, kind: str, shape: list[int], *rest: Any) ->
         codes = 2 * packed if width == 1 else packed
         result[marked] = scale[row[marked]] * (codes - zero[row[marked]]).astype(np.float32)
     else:
-        result[marked] = halves(m) if kind == "h" else take(m, "<f4")
+        result[marked] = take(m, "<f4") if kind == "f" else floats(m)
     return result.reshape(shape), at
 
 
@@ -132,7 +136,7 @@ def stream(content: bytes, width: int, count: int) -> Array:
 @st.composite
 def stored_tensors(draw: st.DrawFn) -> tuple[str, tuple[int, ...], Stored, str]:
     """Kind, shape, tensor and coding."""
-    kind = draw(st.sampled_from(("quantised", "half", "full", "raw")))
+    kind = draw(st.sampled_from(("quantised", "half", "byte", "full", "raw")))
     shape = tuple(draw(st.lists(st.integers(0, 5), min_size=1 if kind == "quantised" else 0, max_size=4)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     values = torch.randn(shape, generator=generator) * 10.0 ** draw(st.integers(-20, 20))
@@ -140,6 +144,8 @@ def stored_tensors(draw: st.DrawFn) -> tuple[str, tuple[int, ...], Stored, str]:
         dtype = getattr(torch, draw(st.sampled_from(("bool", "uint8", "int8", "int16", "int32", "int64"))))
         numbers = torch.randint(-(2**62), 2**62, shape, generator=generator)
         return kind, shape, Raw(numbers % 2 == 0 if dtype == torch.bool else numbers.to(dtype)), "dense"
+    if kind == "byte":
+        return kind, shape, Byte(round_to_byte(values.abs() if draw(st.booleans()) else values)), "dense"
     coding = draw(st.sampled_from(("dense", "bitmask", "entropy") if kind == "quantised" else ("dense", "bitmask")))
     mask = None
     if coding == "bitmask" or draw(st.booleans()):
@@ -151,7 +157,8 @@ def stored_tensors(draw: st.DrawFn) -> tuple[str, tuple[int, ...], Stored, str]:
         return kind, shape, Full(values, mask), coding
     bits = draw(st.integers(1, 8))
     symmetric = bits == 1 or draw(st.booleans())
-    scale = round_to_half(torch.randn(shape[0], generator=generator) * 10.0 ** draw(st.integers(-20, 20)))
+    scale_bits, rounded = draw(st.sampled_from(((8, round_to_byte), (16, round_to_half))))
+    scale = rounded(torch.randn(shape[0], generator=generator) * 10.0 ** draw(st.integers(-20, 20)))
     zero = torch.randint(0, 2**bits, (shape[0],), generator=generator).to(torch.uint8)
     if symmetric:
         zero = torch.full((shape[0],), 2 ** (bits - 1), dtype=torch.uint8)
@@ -162,7 +169,7 @@ def stored_tensors(draw: st.DrawFn) -> tuple[str, tuple[int, ...], Stored, str]:
         if bits == 1 and coding == "dense":  # a sign cannot be zero
             mask = torch.ones(shape, dtype=torch.bool)
         codes = torch.where(mask, codes, zero.reshape(-1, *[1] * (len(shape) - 1)))
-    return kind, shape, Quantised(codes, scale, zero, bits, symmetric, mask), coding
+    return kind, shape, Quantised(codes, scale, zero, bits, symmetric, mask, scale_bits=scale_bits), coding
 
 
 def entry(name: str, kind: Any, shape: tuple[int, ...], stored: Stored, coding: Any) -> layout.Entry:
@@ -175,14 +182,15 @@ def entry(name: str, kind: Any, shape: tuple[int, ...], stored: Stored, coding: 
     if coding == "bitmask":
         assert stored.mask is not None
         count = int(stored.mask.sum())
-    bits = stored.bits if isinstance(stored, Quantised) else 16 if kind == "half" else 32
+    bits = stored.bits if isinstance(stored, Quantised) else {"half": 16, "byte": 8, "full": 32}[kind]
     coded = 0
     if coding == "entropy":
         assert isinstance(stored, Quantised)
         coded = stored.with_length().coded or 0
         if count > 512 * coded:  # a stream of nothing
             coding = "dense"
-    return layout.Entry(name, kind, shape, bits, coding, count, getattr(stored, "symmetric", True), coded=coded)
+    entry = layout.Entry(name, kind, shape, bits, coding, count, getattr(stored, "symmetric", True), coded=coded)
+    return replace(entry, scale_bits=getattr(stored, "scale_bits", 16))
 
 
 def file_of(tensors: list[tuple[str, tuple[int, ...], Stored, str]], quality: float = 0.5) -> bytes:
@@ -247,16 +255,19 @@ def test_documented_bytes_of_a_small_file() -> None:
         codes, torch.tensor([0.5, -0.25]), torch.tensor([4, 4], dtype=torch.uint8), 3, symmetric=True, mask=mask
     )
     half = Half(torch.tensor([1.0, -2.0]))
-    content = file_of([("quantised", (2, 3), quantised, "bitmask"), ("half", (2,), half, "dense")], quality=0.25)
+    byte = Byte(torch.tensor([64.0**2, -(100.0**2)]))
+    parts = [("quantised", (2, 3), quantised, "bitmask"), ("half", (2,), half, "dense"), ("byte", (2,), byte, "dense")]
+    content = file_of(parts, quality=0.25)
     length = int.from_bytes(content[16:20], "little")
     assert content[:4] == b"ACZ1"
     assert content[8:16] == len(content).to_bytes(8, "little")
     assert content[20:36] == bytes.fromhex(KEY) + struct.pack("<d", 0.25)
     rows = json.loads(zlib.decompress(content[36 : 36 + length]))["tensors"]
-    assert rows == [["t0", "q", [2, 3], 3, 1, 3], ["t1", "h", [2]]]
+    assert rows == [["t0", "q", [2, 3], 3, 1, 3], ["t1", "h", [2]], ["t2", "b", [2]]]
     exponent = 15  # brings 0.5 to 2^14
     first = struct.pack("<hee", exponent, 2.0**14, -(2.0**13)) + bytes([0b11010000, 0b00101011, 0b10000000])
-    assert content[36 + length :] == first + struct.pack("<hee", 13, 2.0**13, -(2.0**14))
+    last = struct.pack("<hbb", 1, 64, -100)  # twice the exponent, which is 0, and 1 for signs
+    assert content[36 + length :] == first + struct.pack("<hee", 13, 2.0**13, -(2.0**14)) + last
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0), ()])
@@ -299,9 +310,14 @@ def bench() -> Workbench:
 
 
 @pytest.mark.parametrize("fold", [True, False])
-@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
-@pytest.mark.parametrize("bits", [1, 2, 5, 8, 16, 32])
-def test_second_decoder_reads_whole_models(bench: Workbench, bits: int, scheme: Any, fold: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "scheme"),
+    [
+        *((bits, scheme) for bits in (1, 2, 5, 8, 16, 32) for scheme in ("symmetric", "asymmetric")),
+        *((bits, "entropy") for bits in (0.5, 1, 2.5, 3, 6)),
+    ],
+)
+def test_second_decoder_reads_whole_models(bench: Workbench, bits: float, scheme: Any, fold: bool) -> None:
     layers = {
         layer.name: LayerChoice(bits, s, scheme) for layer, s in zip(bench.graph.layers, (0, 0.3, 0.9), strict=True)
     }
@@ -313,5 +329,9 @@ def test_second_decoder_reads_whole_models(bench: Workbench, bits: int, scheme: 
     assert Policy.from_json(header["policy"]) == Policy(keep=policy.keep), "layers stand in the rows"
     assert header["folded"] == (["1"] if fold else [])
     assert list(tensors) == list(compressed.tensors)
+    kinds = {row[0]: row[1] for row in header["tensors"]}
+    small = {"0.weight", "3.weight", "5.weight", "3.bias", "5.bias", *(["0.bias"] if fold else [])}
+    expected = small if scheme == "entropy" and bits < 3 else set()
+    assert {name for name, kind in kinds.items() if kind in ("q8", "e8", "b")} == expected
     for name, stored in compressed.tensors.items():
         same_bits(tensors[name], stored.dense())

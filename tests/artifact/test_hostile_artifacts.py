@@ -23,6 +23,7 @@ from tiny import tiny_workbench
 from torch import nn
 
 from autocompress import ArtifactError, AutocompressError, LayerChoice, Policy, compress
+from autocompress.artifact import layout, packed
 from autocompress.artifact.packed import Artifact, build, pack, unpack
 from autocompress.measure.size import Size
 from autocompress.stored import Half, Raw, Stored
@@ -166,6 +167,12 @@ WRONG_ROWS: dict[str, Any] = {
     "stream that is too short": ["w", "e", [1, 2**30], 4, 1, 60],
     "stream of nothing": ["w", "e", [1, 8], 4, 1, 0],
     "empty and huge, stream": ["w", "e", [0, BIG, BIG], 4, 1, 1],
+    "bytes with a count": ["w", "b", [1], 1],
+    "bytes of a huge size": ["w", "b", [2**40]],
+    "empty and huge, bytes": ["w", "b", [0, BIG, BIG]],
+    "halves with scales of a byte": ["w", "h8", [1]],
+    "scales of a byte, without dimensions": ["w", "q8", [], 4, 1],
+    "scales of a byte, stream without a length": ["w", "e8", [1], 4, 1],
     "count above the size": ["w", "h", [1], 2],
     "negative count": ["w", "h", [1], -1],
     "boolean count": ["w", "h", [1], True],
@@ -506,3 +513,11 @@ def test_refused_file_leaves_the_model_as_it_was() -> None:
         build(replace(ARTIFACT, tensors=tensors), model)
     assert isinstance(model.bn, nn.BatchNorm2d)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("written", [-2 * 115, 2 * 150, -2 * 113, 1 - 2 * 114, 2**15 - 1, -(2**15)])
+def test_bytes_whose_exponent_leaves_single_precision_are_refused(written: int) -> None:
+    """255 and -128 squared are beyond float32 with exponents that 254 and -127 are not."""
+    entry = layout.Entry("w", "byte", (2,), 8, count=2)
+    with pytest.raises(ArtifactError, match=r"not finite|impossible exponent"):
+        packed.read_section(entry, memoryview(struct.pack("<h", written) + bytes([255, 128])))

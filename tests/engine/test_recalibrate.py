@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from autocompress.engine import recalibrate
 from autocompress.engine.recalibrate import anchored, fold, norms, reestimate
 from autocompress.graph import Graph
 from autocompress.policy import LayerChoice, Policy, Recovery
-from autocompress.stored import Full, Half, Quantised, StoredModel, round_to_half
+from autocompress.stored import Byte, Full, Half, Quantised, StoredModel, round_to_byte, round_to_half
 from autocompress.trace import trace
 
 FOLDED, APART = (Policy(recovery=Recovery(fold_bn=folds, reestimate_bn=False)) for folds in (True, False))
@@ -214,6 +216,21 @@ def test_folding_moves_no_code(bits: int) -> None:
     assert torch.equal(apart.codes, folded.codes)
     factor = model[1].weight.detach().numpy() / np.sqrt(model[1].running_var.numpy() + model[1].eps)
     np.testing.assert_allclose(folded.scale.numpy(), apart.scale.numpy() * factor, rtol=2.0**-11)
+
+
+@pytest.mark.parametrize("policy", [FOLDED, APART], ids=["folded", "apart"])
+@pytest.mark.parametrize("bits", [1, 2.5, 3])
+def test_scales_and_biases_of_few_bits_take_bytes(policy: Policy, bits: float) -> None:
+    bench = bench_of(MODELS["conv with bias"])
+    stored = compress(bench, replace(policy, layers={"0": LayerChoice(bits, scheme="entropy")})).tensors
+    weight, bias = stored["0.weight"], stored["0.bias"]
+    assert isinstance(weight, Quantised)
+    assert (weight.scale_bits, type(bias)) == ((8, Byte) if bits < 3 else (16, Half))
+    assert isinstance(stored["5.weight"], Full)
+    assert isinstance(stored["5.bias"], Half)
+    rounded = round_to_byte if bits < 3 else round_to_half
+    assert torch.equal(weight.scale, rounded(weight.scale))
+    assert torch.equal(bias.dense(), rounded(bias.dense()))
 
 
 def with_bits(policy: Policy, bits: int) -> Policy:

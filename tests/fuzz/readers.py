@@ -120,6 +120,7 @@ def _packed() -> list[bytes]:
     for layers in (
         {"conv": LayerChoice(3, 0.5), "body.0": LayerChoice(8, 0.5, "asymmetric"), "fc": LayerChoice(16)},
         {"conv": LayerChoice(1), "body.0": LayerChoice(2), "fc": LayerChoice(32, 0.5)},
+        {name: LayerChoice(2.5, 0.5, "entropy") for name in ("conv", "body.0", "fc")},
     ):
         policy = Policy(layers, {g.name: 0.5 for g in bench.graph.prunable[:1]})
         made = compress(bench, policy)
