@@ -19,7 +19,7 @@ from torch import nn
 
 from autocompress import runtime
 from autocompress.artifact import packed
-from autocompress.artifact.layout import Header, file_bytes, weight_entry
+from autocompress.artifact.layout import Header, file_bytes, rest_entry, weight_entry
 from autocompress.artifact.onnx import About, Candidate, Exporter, filling
 from autocompress.artifact.onnx_graph import LONG, LONGEST, Filling, Halves, cost, functions_bytes
 from autocompress.engine import Compressed, Workbench, compress
@@ -95,7 +95,7 @@ class Target(Protocol):
         ...
 
     def level_bytes(self, layer: Layer, choice: LayerChoice, stored: Stored) -> int:
-        """Bytes of one layer's part of the file."""
+        """Bytes of one layer's part of the file, its weight and its bias."""
         ...
 
     def prepared(self, policy: Policy) -> Policy:
@@ -153,9 +153,11 @@ class PackedTarget:
     def level_bytes(self, layer: Layer, choice: LayerChoice, stored: Stored) -> int:
         count = math.prod(layer.shape)
         coded = stored.coding() if isinstance(stored, Quantised) else None
-        weight = weight_entry(layer.weight, layer.shape, choice, count - choice.zeros(count), coded)
-        biased = sum(owner.weight == layer.weight for owner in self._graph.biases.values())
-        return weight.nbytes + biased * layer.shape[0] * (1 if choice.small_floats else 2)
+        entries = [weight_entry(layer.weight, layer.shape, choice, count - choice.zeros(count), coded)]
+        for name, owner in self._graph.biases.items():
+            if owner.weight == layer.weight:
+                entries.append(rest_entry(name, layer.shape[:1], "float32", small=choice.small_floats))
+        return sum(entry.nbytes for entry in entries)
 
     def prepared(self, policy: Policy) -> Policy:
         return policy

@@ -391,16 +391,18 @@ def test_failure_remembers_whether_it_was_screened() -> None:
 
 
 @pytest.mark.parametrize("solver", ["nearest", "database"])
-def test_level_has_the_bytes_of_its_section_and_the_error_that_its_solution_makes(solver: Any) -> None:
+def test_level_has_the_bytes_of_its_sections_and_the_error_that_its_solution_makes(solver: Any) -> None:
     evaluator = Evaluator(classification(), dense_ms=1.0)
     for layer in evaluator.graph.layers:
-        levels = [evaluator.level(layer, choice, solver) for choice in (LayerChoice(), LayerChoice(8), SMALL)]
+        choices = (LayerChoice(), LayerChoice(8), SMALL, LayerChoice(2, scheme="entropy"))
+        levels = [evaluator.level(layer, choice, solver) for choice in choices]
         assert levels[0].error == pytest.approx(0.0, abs=1e-9)
         assert 0 < levels[1].error < levels[2].error < 1
         for level in levels:
             policy = Policy({layer.name: level.choice}, solver=solver)
             header = evaluator.target.header(evaluator.build(policy)[0])
-            assert {entry.name: entry.nbytes for entry in header.entries}[layer.weight] == level.bytes
+            own = (layer.weight, layer.bias)
+            assert sum(entry.nbytes for entry in header.entries if entry.name in own) == level.bytes
 
 
 def test_dense_model_has_no_loss() -> None:

@@ -154,10 +154,10 @@ def _program(exported: nn.Module, inputs: Any, model: nn.Module) -> tuple[onnx.M
 
 
 def _translated(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> onnx.ModelProto:
-    shapes = _free_batch(model, positional, named)
     try:
         logging.disable(logging.CRITICAL)  # what stops it is raised, and the rest is advice to its developers
-        with warnings.catch_warnings(), _tensors_alone(model):
+        with warnings.catch_warnings(), _tensors_alone(model, named):
+            shapes = _free_batch(model, positional, named)
             warnings.simplefilter("ignore")  # of libraries about each other
             program = torch.onnx.export(
                 model,
@@ -183,8 +183,11 @@ def _translated(model: nn.Module, positional: tuple[Any, ...], named: dict[str, 
 
 
 @contextlib.contextmanager
-def _tensors_alone(model: nn.Module) -> Iterator[None]:
-    """`model` returns a list of its tensors meanwhile: the exporter knows no numbers beside them."""
+def _tensors_alone(model: nn.Module, named: Iterable[str]) -> Iterator[None]:
+    """Meanwhile `model` returns a list of its tensors, as the exporter knows no numbers beside them.
+
+    And it declares the `named` arguments that it takes as `**kwargs`, to which the exporter gives no free size.
+    """
     own = vars(model).get("forward")
     forward = model.forward
 
@@ -192,6 +195,7 @@ def _tensors_alone(model: nn.Module) -> Iterator[None]:
     def listed(*positional: Any, **named: Any) -> list[Tensor]:
         return [leaf for leaf in pytree.tree_leaves(forward(*positional, **named)) if isinstance(leaf, Tensor)]
 
+    listed.__signature__ = _declared(inspect.signature(forward), named)  # type: ignore[attr-defined]
     model.forward = listed
     try:
         yield
@@ -199,6 +203,15 @@ def _tensors_alone(model: nn.Module) -> Iterator[None]:
         del model.forward
         if own is not None:
             model.forward = own
+
+
+def _declared(signature: inspect.Signature, named: Iterable[str]) -> inspect.Signature:
+    """`signature` with parameters of these names in place of `**kwargs`."""
+    own = [p for p in signature.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    if len(own) == len(signature.parameters):
+        return signature
+    more = [name for name in named if name not in signature.parameters]
+    return signature.replace(parameters=[*own, *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in more)])
 
 
 def _free_batch(model: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:

@@ -301,6 +301,27 @@ def test_file_returns_what_the_model_returns_and_takes_any_batch_and_order_of_na
         assert gap(outputs(ran, (inputs["tokens"], inputs["extra"])), outputs(made.model, inputs)) < 2e-6
 
 
+class Wrapped(nn.Module):
+    """Passes on whatever it is given by name, as wrappers of library models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Sequence()
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.inner(**inputs)["outputs"]
+
+
+def test_arguments_that_are_only_passed_on_are_inputs_of_any_batch() -> None:
+    draw = CASES["sequence"][1]
+    known = opened(seeded(Wrapped), draw(8))
+    content, made = known.build(known.uniform(4))
+    ran = known.exporter.module(session(content))
+    for count in (1, 3, 11):
+        inputs = draw(count)
+        assert gap(outputs(ran, dict(reversed(inputs.items()))), outputs(made.model, inputs)) < 2e-6
+
+
 def quantiser(low: float, high: float) -> Callable[[Tensor], Tensor]:
     """Rounds to unsigned bytes between `low` and `high`."""
     low, high = min(low, 0.0), max(high, 0.0)
