@@ -354,6 +354,9 @@ class Workbench:
             else:
                 stored = quantise(weight, choice, magnitude_mask(weight, choice.zeros(weight.numel())))
             self._layers[key] = stored, _memory(stored, weight)
+            if len(widths) == 1:  # all channels stay
+                coding = stored.coding() if isinstance(stored, Quantised) else None
+                self._known_codings[layer.name, choice, *widths] = coding
             if weight.numel() > LARGE_WEIGHT:
                 trim()
             while sum(size for _, size in self._layers.values()) > self._cache_bytes and len(self._layers) > 1:
@@ -385,8 +388,7 @@ class Workbench:
         """`Quantised.coding` of `level`, remembered when the level itself is not."""
         key = layer.name, choice, solver
         if key not in self._known_codings:
-            stored = self.level(layer, choice, solver)
-            self._known_codings[key] = stored.coding() if isinstance(stored, Quantised) else None
+            self.level(layer, choice, solver)
         return self._known_codings[key]
 
 
