@@ -18,15 +18,20 @@ from autocompress.policy import LayerChoice, Policy
 Shape = tuple[int, ...]
 
 
+PARAMETERS = ("recurrent", "attention")
+"""Kinds of layers that are parameters of a module with more of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One compressible weight: that of a Conv1d/2d/3d, Linear or Embedding, or a matrix of a recurrent module.
+    """One compressible weight: of a Conv1d/2d/3d, Linear or Embedding, or a matrix of a recurrent or attention module.
 
-    A recurrent module (GRU, LSTM, RNN or a cell) holds several matrices. Each is a layer of the kind `recurrent`, named
-    as its parameter; all other layers are named as their module. `shape` is the weight's, output channels first.
-    `positions` is how often the weight is applied for one input (output pixels, steps; 0 for an embedding, which
-    multiplies nothing). `batch_norm` names the module that normalises this layer's output and nothing else, so that it
-    can be folded into the weight.
+    A recurrent module (GRU, LSTM, RNN or a cell) holds several matrices, and so does `nn.MultiheadAttention`. Each is a
+    layer of the kind `recurrent` or `attention`, named as its parameter; all other layers are named as their module.
+    `shape` is the weight's, output channels first; the rows of its `groups` parts, equally many each, meet inputs of
+    their own. `positions` is how often the weight is applied for one input (output pixels, steps; 0 for an embedding,
+    which multiplies nothing). `batch_norm` names the module that normalises this layer's output and nothing else, so
+    that it can be folded into the weight.
     """
 
     name: str
@@ -40,19 +45,19 @@ class Layer:
     @property
     def module(self) -> str:
         """The name of the module that holds the weight."""
-        return self.name.rpartition(".")[0] if self.kind == "recurrent" else self.name
+        return self.name.rpartition(".")[0] if self.kind in PARAMETERS else self.name
 
     @property
     def weight(self) -> str:
         """The weight's name in the state dict."""
-        if self.kind == "recurrent":
+        if self.kind in PARAMETERS:
             return self.name
         return f"{self.name}.weight" if self.name else "weight"
 
     @property
     def is_affine(self) -> bool:
         """Whether its module does nothing but multiply the weight with its inputs and add a bias."""
-        return self.kind not in ("embedding", "recurrent")
+        return self.kind not in ("embedding", *PARAMETERS)
 
     @property
     def bias(self) -> str:

@@ -22,6 +22,7 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
+from autocompress.attention import PROJECTIONS, inputs_of
 from autocompress.errors import TaskError
 from autocompress.graph import Graph, Group, Layer, Member
 from autocompress.opaque import RECURRENT, opaque
@@ -58,8 +59,8 @@ def trace(model: nn.Module, inputs: Any, examples: int = 4) -> Graph:
     layers = _layers(model, calls, length(inputs))
     if not layers:
         raise TaskError(
-            "the model has no weight of a Conv1d/2d/3d, Linear, Embedding or recurrent layer, so there is nothing to "
-            "compress"
+            "the model has no weight of a Conv1d/2d/3d, Linear, Embedding, recurrent or attention layer, so there is "
+            "nothing to compress"
         )
     subject = _subject(model, inputs)
     layers = _verified_folds(subject, layers)
@@ -143,6 +144,8 @@ def _weights(module: nn.Module) -> list[str]:
         return [name for name in module._flat_weights_names if name.startswith("weight")]
     if isinstance(module, nn.RNNCellBase):
         return ["weight_ih", "weight_hh"]
+    if isinstance(module, nn.MultiheadAttention):
+        return list(PROJECTIONS)
     return ["weight"] if isinstance(module, _KINDS) else []
 
 
@@ -157,7 +160,7 @@ def _computed_weights(model: nn.Module) -> list[str]:
 
 
 def _other_weights(model: nn.Module, layers: tuple[Layer, ...]) -> list[str]:
-    """Notes about matrices of other layers (transposed, attention's input), which stay at 16 bits."""
+    """Notes about matrices of other layers (transposed convolutions, say), which stay at 16 bits."""
     known = {id(model.get_parameter(layer.weight)) for layer in layers}
     total = sum(p.numel() for p in model.parameters())
     notes = []
@@ -186,6 +189,8 @@ class _Calls:
         self.count: Counter[str] = Counter()
         self.applied: Counter[str] = Counter()
         self.normalised_by: dict[str, list[str]] = {}
+        self.crossed: set[str] = set()
+        """Attention whose queries, keys and values are not the same."""
 
 
 def _observe(model: nn.Module, inputs: Any) -> _Calls:
@@ -206,6 +211,13 @@ def _observe(model: nn.Module, inputs: Any) -> _Calls:
                 calls.applied[name] += 0 if isinstance(module, nn.Embedding) else output.numel() // rows
             elif isinstance(module, RECURRENT):
                 calls.applied[name] += tensors(given or named["input"])[0].numel() // module.input_size
+            elif isinstance(module, nn.MultiheadAttention):
+                met = inputs_of(given, named)
+                positions = [x.numel() // x.shape[-1] for x in met]
+                calls.applied[name] += sum(positions) // 3
+                calls.applied[f"{name}.out_proj"] += positions[0]
+                if not met[0] is met[1] is met[2]:
+                    calls.crossed.add(name)
 
         return record
 
@@ -238,6 +250,12 @@ def _layer(name: str, key: str, model: nn.Module, calls: _Calls, positions: int)
     shape = tuple(weight.shape)
     if isinstance(module, RECURRENT):
         return Layer(f"{name}.{key}" if name else key, "recurrent", shape, positions=positions)
+    if isinstance(module, nn.MultiheadAttention):
+        parts = 3 if key == "in_proj_weight" and name in calls.crossed else 1
+        return Layer(f"{name}.{key}" if name else key, "attention", shape, parts, positions)
+    owner, _, own = name.rpartition(".")
+    if own == "out_proj" and isinstance(model.get_submodule(owner), nn.MultiheadAttention):
+        return Layer(f"{name}.{key}", "attention", shape, positions=positions)  # it reads the weight, calls no module
     kind = next(kind for cls, kind in COMPRESSIBLE.items() if isinstance(module, cls))
     norms = calls.normalised_by.get(name, [])
     alone = kind != "embedding" and len(norms) == 1 and calls.count[name] == calls.count[norms[0]] == 1

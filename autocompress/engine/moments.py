@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autocompress.engine.recurrence import columns
-from autocompress.graph import Graph
+from autocompress import attention
+from autocompress.engine import recurrence
+from autocompress.graph import PARAMETERS, Graph, Layer
 from autocompress.spill import Spill
 from autocompress.task import Batch, call, first_input, to_device
 
@@ -78,14 +79,15 @@ def moments(model: nn.Module, graph: Graph, batches: Iterable[Batch], seed: int)
     handles = [
         model.get_submodule(layer.name).register_forward_pre_hook(_recorder(layer.name, sums), with_kwargs=True)
         for layer in graph.layers
-        if layer.kind != "recurrent"
+        if layer.kind not in PARAMETERS
     ]
-    matrices: dict[str, dict[str, str]] = defaultdict(dict)
+    matrices: dict[str, dict[str, Layer]] = defaultdict(dict)
     for layer in graph.layers:
-        if layer.kind == "recurrent":
-            matrices[layer.module][layer.name.rpartition(".")[2]] = layer.name
+        if layer.kind in PARAMETERS:
+            owner = layer.name.removesuffix("out_proj.weight").rpartition(".")[0]
+            matrices[owner][layer.name.removeprefix(f"{owner}.")] = layer
     handles += [
-        model.get_submodule(name).register_forward_hook(_recurrent_recorder(layers, sums), with_kwargs=True)
+        model.get_submodule(name).register_forward_hook(_matrix_recorder(layers, sums), with_kwargs=True)
         for name, layers in matrices.items()
     ]
     try:
@@ -144,16 +146,24 @@ def _recorder(name: str, sums: _Sums) -> Callable[..., None]:
     return record
 
 
-def _recurrent_recorder(layers: Mapping[str, str], sums: _Sums) -> Callable[..., None]:
-    """Records a recurrent module, whose parameters have the given names as layers."""
+def _matrix_recorder(layers: Mapping[str, Layer], sums: _Sums) -> Callable[..., None]:
+    """Records a recurrent or attention module, whose parameters are the given layers."""
 
     def record(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        assert isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        seen: dict[str, Tensor] = {}
         try:
-            met = columns(module, (given, named), output)
-            seen = {layers[name]: sums.products(rows, 1) for name, rows in met if name in layers}
+            if isinstance(module, nn.MultiheadAttention):
+                for name, parts in attention.columns(module, (given, named), output):
+                    if name in layers:
+                        distinct = parts[: layers[name].groups]
+                        seen[layers[name].name] = torch.cat([sums.products(rows, 1) for rows in distinct])
+            else:
+                assert isinstance(module, nn.RNNBase | nn.RNNCellBase)
+                met = recurrence.columns(module, (given, named), output)
+                seen |= {layers[name].name: sums.products(rows, 1) for name, rows in met if name in layers}
         except Exception as error:  # whatever comes of a subclass with a forward pass of its own
-            warnings.warn(f"layers {', '.join(layers.values())} are rounded to nearest: {error}", stacklevel=2)
+            names = ", ".join(layer.name for layer in layers.values())
+            warnings.warn(f"layers {names} are rounded to nearest: {error}", stacklevel=2)
             return
         for name, products in seen.items():
             sums.add(name, products)

@@ -215,7 +215,7 @@ def test_parametrised_weights_are_left_alone() -> None:
 
 
 def test_a_model_without_weights_to_compress_is_refused() -> None:
-    with pytest.raises(TaskError, match="no weight of a Conv1d/2d/3d, Linear, Embedding or recurrent layer"):
+    with pytest.raises(TaskError, match="no weight of a Conv1d/2d/3d, Linear, Embedding, recurrent or attention layer"):
         trace(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten()), images())
 
 
@@ -233,7 +233,7 @@ def test_a_subclass_with_its_own_forward_is_a_layer_whose_norm_stays() -> None:
 def test_layers_inside_attention_are_layers() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(56, 3)).eval()
     layers = [layer.name for layer in trace(model, torch.randn(4, 7, 8)).layers]
-    assert layers == ["0.self_attn.out_proj", "0.linear1", "0.linear2", "2"]
+    assert layers == ["0.self_attn.in_proj_weight", "0.self_attn.out_proj.weight", "0.linear1", "0.linear2", "2"]
 
 
 @pytest.mark.parametrize("where", ["inside", "outputs", "labels", "no_grad"])
