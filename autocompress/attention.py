@@ -28,7 +28,7 @@ def inputs_of(given: tuple[Any, ...], named: Mapping[str, Any]) -> list[Tensor]:
     return [arguments[name] for name in _THREE]
 
 
-def columns(module: nn.MultiheadAttention, call: Call, output: Any) -> Iterator[tuple[str, list[Tensor]]]:
+def attention_columns(module: nn.MultiheadAttention, call: Call, output: Any) -> Iterator[tuple[str, list[Tensor]]]:
     """What each matrix of `module` was multiplied with in one call, after the parameter's name.
 
     For a projection of all three the columns (n, d) of query, key and value; for others those of one. `call` is what

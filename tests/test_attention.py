@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autocompress import ClassificationTask, LayerChoice, Policy, Recovery, Workbench, compress
 from autocompress.artifact import packed
-from autocompress.attention import columns
+from autocompress.attention import attention_columns
 from autocompress.evaluate import Evaluator
 from autocompress.stored import Quantised
 from autocompress.task import Task
@@ -115,7 +115,7 @@ def test_columns_are_what_the_formula_multiplies(layout: str, mask: str, apart: 
         turned = [x[0] for x in turned]
     call = tuple(turned), given
     with torch.no_grad():
-        found = dict(columns(module, call, module(*turned, **given)))
+        found = dict(attention_columns(module, call, module(*turned, **given)))
         wanted = by_hand(module, query, key, value, masked)
     if layout == "positions first":
         wanted = wanted.transpose(0, 1)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autocompress import attention
-from autocompress.engine import recurrence
+from autocompress.attention import attention_columns
+from autocompress.engine.recurrence import columns
 from autocompress.graph import PARAMETERS, Graph, Layer
 from autocompress.spill import Spill
 from autocompress.task import Batch, call, first_input, to_device
@@ -153,13 +153,13 @@ def _matrix_recorder(layers: Mapping[str, Layer], sums: _Sums) -> Callable[..., 
         seen: dict[str, Tensor] = {}
         try:
             if isinstance(module, nn.MultiheadAttention):
-                for name, parts in attention.columns(module, (given, named), output):
+                for name, parts in attention_columns(module, (given, named), output):
                     if name in layers:
                         distinct = parts[: layers[name].groups]
                         seen[layers[name].name] = torch.cat([sums.products(rows, 1) for rows in distinct])
             else:
                 assert isinstance(module, nn.RNNBase | nn.RNNCellBase)
-                met = recurrence.columns(module, (given, named), output)
+                met = columns(module, (given, named), output)
                 seen |= {layers[name].name: sums.products(rows, 1) for name, rows in met if name in layers}
         except Exception as error:  # whatever comes of a subclass with a forward pass of its own
             names = ", ".join(layer.name for layer in layers.values())
