@@ -296,6 +296,7 @@ def test_budget_below_the_smallest_reachable_names_it(here: Path) -> None:
     assert fits.json["picked"]["bytes"] <= int(smallest.replace(",", ""))
 
 
+@pytest.mark.slow
 def test_latency_that_nothing_reaches_ends_with_the_nearest(here: Path) -> None:
     given = "--budget", "0.001us", "--epochs", 0, "--out", "run", "--format", "packed", "--json"
     result = run(*SEARCH, *given)
@@ -386,6 +387,7 @@ def test_uniform_policies_are_measured_beside_the_search(searched: Searched) -> 
     assert "uniform 4 bits" in (searched.folder / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_report_measures_a_random_search_to_compare_with(searched: Searched, tmp_path: Path) -> None:
     folder = shutil.copytree(searched.folder, tmp_path / "run")
     for _ in range(2):  # the second time there is nothing left to do
@@ -612,6 +614,7 @@ def test_resume_of_a_finished_run_gives_the_same(searched: Searched) -> None:
     assert result.json["evaluations"] == searched.result.json["evaluations"]
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_searches(searched: Searched, here: Path) -> None:
     arguments = ("--budget", "size=60%", "--trials", 12, "--epochs", 1, "--seed", 3, "--fresh", "--json")
     found = [run("search", searched.task, "--out", name, *arguments) for name in ("a", "b")]
@@ -638,6 +641,7 @@ def test_search_says_what_recovery_takes_and_what_each_front_member_was_before(s
     assert "before recovery" in searched.result.out
 
 
+@pytest.mark.slow
 def test_ablation_continues_and_ends_with_its_table_as_json(searched: Searched) -> None:
     trial = next(r["trial"] for r in searched.result.json["front"] if r["rung"])
     first = run("ablate", searched.folder, "--trial", trial, "--seeds", 1)
@@ -670,6 +674,7 @@ def test_ablation_of_a_trial_without_training_names_those_with(searched: Searche
     assert all(str(r["trial"]) in error for r in searched.result.json["front"] if r["rung"])
 
 
+@pytest.mark.slow
 def test_resume_from_another_folder_finds_the_task(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run was started with a relative path."""
     assert run(*SEARCH, "--budget", "5kB", "--epochs", 0, "--out", "run").code == 0

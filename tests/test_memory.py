@@ -36,6 +36,7 @@ def left(asked: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_large_blocks_between_small_ones_go_back() -> None:
     assert left("yes") < 2**25

@@ -347,6 +347,7 @@ def test_nothing_of_an_interrupted_training_is_left_in_the_end(world: World) -> 
     assert not (world.run / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_diverged_training_narrows_the_learning_rates_of_later_ones(world: World) -> None:
     world.fault = lambda policy, rung: "nan" if rung == 1 and policy.recovery.lr > 0.012 else None
     found = world.search(trials=120)
@@ -368,6 +369,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "recovery"
 
 
+@pytest.mark.slow
 def test_later_run_of_the_same_model_starts_from_what_the_first_learned(
     world: World, cache: Path, tmp_path: Path
 ) -> None:
@@ -405,6 +407,7 @@ def test_unreadable_lessons_are_ignored(world: World, cache: Path, tmp_path: Pat
     assert len(read_lessons(file)) == 2
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_to_what_was_known_when_it_began(world: World, cache: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"fresh": False, "trials": 60, "epochs": 2}
     world.search(folder=tmp_path / "whole", **given)
@@ -621,6 +624,7 @@ WHOLE: dict[str, list[Row]] = {}
 """Rows of uninterrupted runs by controller."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [60, 62, 65, 67, 68, 70])
 def test_run_resumed_between_the_rungs_equals_an_uninterrupted_one(world: World, tmp_path: Path, cut: int) -> None:
     """Six start, three and two climb; failures among them."""

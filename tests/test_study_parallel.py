@@ -181,6 +181,7 @@ def killed(world: World, at: int, crew: Crew, **given: Any) -> list[int]:
     return told(world.run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("deterministic", "name"), [(0, "solver"), (4, "solver"), (4, "tpe"), (4, "nsga2"), (4, "random")]
 )

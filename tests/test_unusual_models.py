@@ -87,6 +87,7 @@ def test_a_lazily_built_module_must_have_seen_a_batch(build: Callable[[], tuple[
 # --- compiled -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_compiled_model_is_taken_as_it_was() -> None:
     torch.manual_seed(0)
@@ -150,6 +151,7 @@ def test_a_model_in_half_precision_is_compressed_and_recovers(dtype: torch.dtype
 # --- with a control flow of its own -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_that_looks_at_its_data_keeps_its_channels() -> None:
     torch.manual_seed(0)
     inputs = torch.cat([torch.randn(8, 4) * scale for scale in (0.1, 3.0)])

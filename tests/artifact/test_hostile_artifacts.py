@@ -368,6 +368,7 @@ PLACES = [place for place in places(DATA) if place]
 ROWS = [place for place in PLACES if place[0] in ("tensors", "folded")]
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.sampled_from(PLACES) | st.sampled_from(ROWS), JUNK), min_size=1, max_size=3),
     st.integers(-3, 3),

@@ -367,6 +367,7 @@ def saturates(made: Candidate) -> bool:
     return "vnni" not in device() and any(int(c.abs().max()) * 255 * 2 >= 2**15 for c in codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["residual", "sequence", "wave", "baked", "alike", "bordered"])
 def test_integer_file_is_a_few_steps_from_a_simulation(name: str) -> None:
     known = case(name)
@@ -499,6 +500,7 @@ def test_zeros_get_a_mask_only_where_that_saves_bytes(bits: int, monkeypatch: py
     assert max(overhead) - min(overhead) <= 4
 
 
+@pytest.mark.slow
 def test_tied_weight_is_in_the_file_once() -> None:
     content, made = case("tied").build(case("tied").uniform(32))
     sizes = [array.nbytes for array in Reader(content).arrays.values()]
@@ -583,6 +585,7 @@ def before() -> Case:
         return opened(seeded(Shortcut), case("shortcut").inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 7])
 def test_rewritten_integers_are_those_of_the_graph_before(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what a linear layer returns is not rounded to bytes any more, nor cut off at the dense model's range."""

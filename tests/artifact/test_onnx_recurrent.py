@@ -66,6 +66,7 @@ def policy(bench: Workbench, bits: int, sparsity: float, activations: int) -> Po
     return Policy({x.name: LayerChoice(bits, sparsity) for x in bench.graph.layers}, activations=activations)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 def test_a_projection_which_the_operator_does_not_know_is_refused() -> None:
     with pytest.raises(ExportError, match="LSTM"):

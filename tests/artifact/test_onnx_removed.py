@@ -104,6 +104,7 @@ def computed(content: bytes) -> int:
     return sum(node.op_type in ("Conv", "Gemm", "MatMul") for node in onnx.load_from_string(content).graph.node)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_file_without_branches_is_smaller_and_computes_what_the_model_does(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -318,6 +318,7 @@ def test_what_a_policy_leaves_alone_lies_in_the_teachers_memory_until_it_changes
     assert all(torch.equal(value, before[name]) for name, value in bench.teacher.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_large_model_is_compressed_as_any_other(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     given_back: list[bool] = []
     monkeypatch.setattr(engine, "LARGE_BYTES", 0)

@@ -19,6 +19,8 @@ from autocompress.policy import Policy
 from autocompress.surgery import lent
 from autocompress.trace import trace
 
+pytestmark = pytest.mark.slow  # importing transformers alone takes ten seconds
+
 HEADS, SIZE = 4, 8
 WIDTH = HEADS * SIZE
 

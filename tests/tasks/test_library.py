@@ -21,6 +21,8 @@ from autocompress.task import probe
 from autocompress.tasks import library
 from autocompress.tasks.library import documentation
 
+pytestmark = pytest.mark.slow  # importing transformers alone takes ten seconds
+
 WORDS = [*"abcdefghijklmnopqrstuvw"]
 LINES = [f"{a} {b} {c} {d}" for a in WORDS[:4] for b in WORDS[2:7] for c in WORDS[6:10] for d in WORDS[10:13]]
 

@@ -11,6 +11,8 @@ from example_files import example
 from autocompress.engine import Workbench, compress
 from autocompress.policy import LayerChoice, Policy, Recovery
 
+pytestmark = pytest.mark.slow  # importing transformers alone takes ten seconds
+
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
