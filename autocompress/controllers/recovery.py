@@ -70,6 +70,9 @@ RIDGE = 0.1
 FAR = 1.0
 """What an octave of epochs or bytes away from where a proposal is for costs a lesson, in standard deviations."""
 
+NEAR = 0.5
+"""Octaves of size within which another search's best recipe goes first: what mends a 2.5% file lengthens a 6% one."""
+
 
 Worth = tuple[float, dict[str, Value]]
 """What a recipe was worth, lower is better, and the recipe as a point."""
@@ -124,8 +127,9 @@ class RecoveryProposer:
         new = (
             r for r in self._recipes(choices, damage) if not any(_taken(r, choices, known) for known in self._known())
         )
-        # what earlier searches found goes before new recipes
-        point = None if self._tried or not worth else _best(worth)
+        # what earlier searches found for about such a size goes before new recipes
+        first = not self._tried and any(abs(math.log2(x.share / share)) <= NEAR for x in self.earlier)
+        point = _best(worth) if first and worth else None
         point = point or next(new, None) or self._learned(choices, worth, seed)
         policy = self._space.with_recovery(parent, point, epochs)
         self._tried.append(policy.recovery)  # another worker may ask before this one is told

@@ -161,6 +161,15 @@ def test_one_training_of_a_small_file_does_not_make_its_recipe_the_best() -> Non
     assert after(WIDE, lambda r: 0.0, 1, known) == [recipes[1]]  # noqa: ARG005
 
 
+@pytest.mark.parametrize(("share", "first"), [(0.05, True), (0.04, True), (0.02, False), (0.15, False)])
+def test_what_earlier_runs_found_for_other_sizes_does_not_go_first(share: float, first: bool) -> None:
+    best = after(WIDE, lambda r: 0.0, len(RECIPES))[-1]  # noqa: ARG005
+    proposer = RecoveryProposer(make_space(WIDE), [Lesson(best, share, -0.5)])
+    proposer.learn(shot(0.05))
+    found = proposer.propose(PARENT, 1, 0.05, 0).recovery
+    assert (found == best) == first
+
+
 def test_best_of_earlier_runs_goes_first_and_what_they_tried_is_not_tried_again() -> None:
     first = after(WIDE, lambda r: 0.0, len(RECIPES))  # noqa: ARG005
     earlier = [Lesson(recovery, 0.05, gain) for recovery, gain in zip(first, (-0.1, -0.3, -0.2), strict=False)]
