@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autocompress.task import first_input
+
 TOLERANCE = 0.01
 """Largest difference from the module's own outputs, as a share of the largest of them: of half precision's size."""
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -23,9 +25,9 @@ _ARGUMENTS = *_THREE, "key_padding_mask", "need_weights", "attn_mask", "average_
 
 
 def inputs_of(given: tuple[Any, ...], named: Mapping[str, Any]) -> list[Tensor]:
-    """Query, key and value of one call."""
+    """Query, key and value of one call; a subclass that takes one input takes it for all three."""
     arguments = dict(zip(_ARGUMENTS, given, strict=False)) | dict(named)
-    return [arguments[name] for name in _THREE]
+    return [arguments.get(name, first_input(given, named)) for name in _THREE]
 
 
 def attention_columns(module: nn.MultiheadAttention, call: Call, output: Any) -> Iterator[tuple[str, list[Tensor]]]:
@@ -35,13 +37,12 @@ def attention_columns(module: nn.MultiheadAttention, call: Call, output: Any) ->
     the module was called with, `output` what it gave, in evaluation mode. Raises `ValueError` if that is not what
     attention gives, as in a subclass that computes something else.
     """
-    arguments = dict(zip(_ARGUMENTS, call[0], strict=False)) | dict(call[1])
-    mixed = _mixed(module, arguments)  # as query, without the last projection
-    wanted = output[0]
+    mixed = _mixed(module, call)  # as query, without the last projection
+    wanted = output[0] if isinstance(output, tuple) else output
     found = F.linear(mixed, module.out_proj.weight, module.out_proj.bias)
     if not float((found - wanted).abs().nan_to_num().max()) <= TOLERANCE * float(wanted.abs().nan_to_num().max()):
         raise ValueError("its outputs are not those of attention")
-    flat = [arguments[name].detach().float().flatten(0, -2) for name in _THREE]
+    flat = [x.detach().float().flatten(0, -2) for x in inputs_of(*call)]
     if module.in_proj_weight is not None:
         yield PROJECTIONS[0], flat
     else:
@@ -49,9 +50,10 @@ def attention_columns(module: nn.MultiheadAttention, call: Call, output: Any) ->
     yield "out_proj.weight", [mixed.detach().float().flatten(0, -2)]
 
 
-def _mixed(module: nn.MultiheadAttention, arguments: Mapping[str, Any]) -> Tensor:
+def _mixed(module: nn.MultiheadAttention, call: Call) -> Tensor:
     """What the heads give, side by side: the module's outputs if its last projection were none."""
-    query, key, value = (arguments[name] for name in _THREE)
+    arguments = dict(zip(_ARGUMENTS, call[0], strict=False)) | dict(call[1])
+    query, key, value = inputs_of(*call)
     turned = module.batch_first and query.ndim == 3
     if turned:
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))

@@ -193,20 +193,20 @@ class Graph:
         return result
 
     @cached_property
-    def biases(self) -> dict[str, Layer]:
-        """Names of the layers' biases, those that folding leaves among them, with the layer that each belongs to."""
+    def biases(self) -> dict[str, str]:
+        """Names of the weights that have a bias, or will once norms are folded, with the bias's."""
         found = {}
         for layer in self.layers:
             owner, _, key = layer.weight.rpartition(".")
             name = f"{owner}.{key.replace('weight', 'bias', 1)}".lstrip(".")  # weight_hh_l0 has bias_hh_l0
             if name in self.tensors or layer.batch_norm:
-                found[name] = layer
+                found[layer.weight] = name
         return found
 
     def small_floats(self, policy: Policy) -> set[str]:
         """Names of the weights whose scales take 8 bits in the file, and of the biases that do."""
         small = {layer.weight for layer, choice in self.choices(policy) if choice.small_floats}
-        return small | {name for name, layer in self.biases.items() if layer.weight in small}
+        return small | {bias for weight, bias in self.biases.items() if weight in small}
 
     def macs(self, policy: Policy) -> int:
         """Multiply-accumulates for one input after channel removal; zeros and bits do not count."""

@@ -169,10 +169,8 @@ def byte_exponent(values: Tensor, *, signed: bool) -> int:
     largest = float(values.abs().max()) if values.numel() else 0.0
     if largest == 0.0:
         return 0
-    top, exponent = (
-        _top(signed),
-        14 - math.frexp(largest)[1] - 2 * signed,
-    )  # the root is from 90 to 128, or half of that
+    top = _top(signed)
+    exponent = 14 - math.frexp(largest)[1] - 2 * signed  # the root is from 90 to 128, or half of that
     while round(math.sqrt(math.ldexp(largest, exponent + 1))) <= top:
         exponent += 1
     # what is read back must find the same exponent, though its largest may have been rounded down

@@ -153,11 +153,11 @@ class PackedTarget:
     def level_bytes(self, layer: Layer, choice: LayerChoice, stored: Stored) -> int:
         count = math.prod(layer.shape)
         coded = stored.coding() if isinstance(stored, Quantised) else None
-        entries = [weight_entry(layer.weight, layer.shape, choice, count - choice.zeros(count), coded)]
-        for name, owner in self._graph.biases.items():
-            if owner.weight == layer.weight:
-                entries.append(rest_entry(name, layer.shape[:1], "float32", small=choice.small_floats))
-        return sum(entry.nbytes for entry in entries)
+        size = weight_entry(layer.weight, layer.shape, choice, count - choice.zeros(count), coded).nbytes
+        bias = self._graph.biases.get(layer.weight)
+        if bias is None:
+            return size
+        return size + rest_entry(bias, layer.shape[:1], "float32", small=choice.small_floats).nbytes
 
     def prepared(self, policy: Policy) -> Policy:
         return policy

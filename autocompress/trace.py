@@ -215,7 +215,7 @@ def _observe(model: nn.Module, inputs: Any) -> _Calls:
                 met = inputs_of(given, named)
                 positions = [x.numel() // x.shape[-1] for x in met]
                 calls.applied[name] += sum(positions) // 3
-                calls.applied[f"{name}.out_proj"] += positions[0]
+                calls.applied[f"{name}.out_proj".lstrip(".")] += positions[0]
                 if not met[0] is met[1] is met[2]:
                     calls.crossed.add(name)
 

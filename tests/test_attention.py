@@ -141,6 +141,28 @@ def test_a_subclass_that_computes_something_else_is_rounded_to_nearest() -> None
     assert made.tensors["attention.in_proj_weight"].dense().shape == (3 * WIDTH, WIDTH)
 
 
+def test_a_subclass_that_takes_one_input_is_solved_as_any_other() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x, x, x, need_weights=False)[0]
+
+    model = nn.Sequential(Own(WIDTH, HEADS, batch_first=True), nn.Flatten(), nn.Linear(3 * WIDTH, 5))
+    draw = torch.randn(16, 3, WIDTH), torch.arange(16) % 5
+    bench = Workbench(ClassificationTask(seeded(model), draw, draw, draw, name="own", batch_size=8))
+    assert [layer.positions for layer in bench.graph.layers] == [3, 3, 1]
+    assert all(bench.database.knows(layer) for layer in bench.graph.layers)
+
+
+def test_attention_alone_is_a_model() -> None:
+    module = seeded(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True))
+    x = torch.randn(4, 7, WIDTH)
+    graph = trace(module, {"query": x, "key": x, "value": x})
+    assert [(x.name, x.weight, x.positions) for x in graph.layers] == [
+        ("in_proj_weight", "in_proj_weight", 7), ("out_proj.weight", "out_proj.weight", 7)
+    ]  # fmt: skip
+    assert graph.biases == {"in_proj_weight": "in_proj_bias", "out_proj.weight": "out_proj.bias"}
+
+
 def test_layers_of_an_encoder() -> None:
     graph = trace(seeded(Encoder()), torch.randint(0, 40, (4, 7)))
     found = {layer.name: (layer.kind, layer.weight, layer.groups) for layer in graph.layers}
@@ -149,8 +171,9 @@ def test_layers_of_an_encoder() -> None:
         assert found[inner] == ("attention", inner, 1)
         assert found[outer] == ("attention", outer, 1)
     assert {layer.positions for layer in graph.layers if layer.kind == "attention"} == {7}
-    assert graph.biases["encoder.layers.0.self_attn.in_proj_bias"].name == "encoder.layers.0.self_attn.in_proj_weight"
-    assert graph.biases["encoder.layers.0.self_attn.out_proj.bias"].module == "encoder.layers.0.self_attn.out_proj"
+    attention = "encoder.layers.0.self_attn"
+    assert graph.biases[f"{attention}.in_proj_weight"] == f"{attention}.in_proj_bias"
+    assert graph.biases[f"{attention}.out_proj.weight"] == f"{attention}.out_proj.bias"
     assert [group.name for group in graph.prunable] == ["encoder.layers.1.linear1", "encoder.layers.0.linear1"]
     assert not graph.notes
 
