@@ -27,6 +27,7 @@ FULL = "full recipe"
 OFF: tuple[tuple[str, Callable[[Recovery], bool], Callable[[Recovery], Recovery]], ...] = (
     ("no distillation", lambda r: True, lambda r: replace(r, distill_weight=0.0)),  # noqa: ARG005
     ("constant rate", lambda r: True, lambda r: replace(r, decay="constant")),  # noqa: ARG005
+    ("one view for the teacher", lambda r: r.views > 1, lambda r: replace(r, views=1)),
     ("no hints", lambda r: r.hint_weight > 0, lambda r: replace(r, hint_weight=0.0)),
     ("no warm-up", lambda r: r.warmup > 0, lambda r: replace(r, warmup=0.0)),
     ("no plateau adjustment", lambda r: r.adjust_factor < 1, lambda r: replace(r, adjust_factor=1.0)),

@@ -20,6 +20,7 @@ from autocompress.profile import Level
 from autocompress.target import OnnxTarget, PackedTarget, Place, Reloaded, Target
 from autocompress.task import Task
 from autocompress.trial import Evaluation, Measurement
+from autocompress.views import views_of
 
 _PATHS = ("keep", "checkpoint")
 
@@ -64,10 +65,12 @@ class Evaluator:
         format: str = "packed",
         place: Place | None = None,
         dense_ms: float | None = None,
+        recovers: bool = True,
     ) -> None:
         """`format` is what ships, `place` where ONNX files run, `dense_ms` what an earlier part of the run measured.
 
-        Raises `ExportError` for a model that has no ONNX file.
+        Unless it `recovers`, no candidate is compared with a teacher that has seen several views of an input. Raises
+        `ExportError` for a model that has no ONNX file.
         """
         self.task, self.seed, self.format = task, seed, format
         self.bench = Workbench(task, seed=seed)
@@ -75,8 +78,9 @@ class Evaluator:
         self.target: Target = PackedTarget(self.bench, dense_ms)
         if format == "onnx":
             self.target = OnnxTarget(self.bench, place, dense_ms)
-        self.quality = QualityMeter(task, self.bench.teacher)
-        self.screen = screening(task, self.bench.teacher)
+        views = views_of(task) if recovers else None
+        self.quality = QualityMeter(task, self.bench.teacher, views=views)
+        self.screen = screening(task, self.bench.teacher, views=views)
 
     @property
     def dense(self) -> Measurement:
@@ -184,7 +188,8 @@ class Evaluator:
         predicted = self.target.predicted_ms(policy)
         macs = self.graph.macs(policy)
         told = float(self.target.predict(policy).bytes)
-        return Measurement(shipped.bytes, macs, quality.score, quality.loss, latency.ms, predicted, told)
+        losses = quality.loss, quality.teacher_loss
+        return Measurement(shipped.bytes, macs, quality.score, losses[0], latency.ms, predicted, told, losses[1])
 
     def pack(self, compressed: Compressed, quality: float) -> bytes:
         """The content of the file for a compressed model that scored `quality`."""

@@ -126,7 +126,8 @@ class Recovery:
     `distill_weight` mixes the task's loss (0) with the teacher's soft targets (1); `hint_weight` adds the distance
     between hidden features. `scales` says whether the grids' scales are trained with the weights. `ema` is the decay
     per step of an exponential moving average of the weights, which is what is kept then; 0 is off. `optimizer` is SGD
-    with momentum, or AdamW at a fixed share of `lr`.
+    with momentum, or AdamW at a fixed share of `lr`. With `views` above 1 the teacher's answer to an input is the mean
+    of what it says of so many versions of it, those that the task gives; the student sees the input alone.
     """
 
     epochs: int = 0
@@ -146,6 +147,7 @@ class Recovery:
     scales: Scales = "fixed"
     ema: float = 0.0
     optimizer: Optimizer = "sgd"
+    views: int = 1
 
     def __post_init__(self) -> None:
         _canonical(self)
@@ -164,6 +166,7 @@ class Recovery:
         _one_of("scales", self.scales, Scales)
         _require(0.0 <= self.ema < 1.0, "ema", self.ema, "in [0, 1)")
         _one_of("optimizer", self.optimizer, Optimizer)
+        _require(self.views >= 1, "views", self.views, "1 or more")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data. What came later is named only where it is used, so that older policies keep their keys."""
@@ -171,7 +174,7 @@ class Recovery:
         return {name: value for name, value in known.items() if name not in _LATER or value != _LATER[name]}
 
 
-_LATER = {"warmup": 0.0, "adjust_cooldown": 0, "scales": "fixed", "ema": 0.0, "optimizer": "sgd"}
+_LATER = {"warmup": 0.0, "adjust_cooldown": 0, "scales": "fixed", "ema": 0.0, "optimizer": "sgd", "views": 1}
 """Defaults of the fields that the first format of a policy did not have."""
 
 

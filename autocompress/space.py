@@ -151,6 +151,7 @@ class RecoverySection(_Section):
     scales: Annotated[list[Scales], Field(min_length=1)] = ["fixed"]
     ema: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)] = [0.0]
     optimizer: Annotated[list[Optimizer], Field(min_length=1)] | None = None
+    views: Annotated[list[Annotated[int, Field(ge=1, lt=2**10)]], Field(min_length=1)] = [1]
 
 
 class Override(_Section):
@@ -242,15 +243,19 @@ class Space:
     A point is a mapping from parameter name to value: an index for `Ordered`, the value itself otherwise.
     """
 
-    def __init__(self, file: SpaceFile, graph: Graph, *, integers: bool = False, branches: bool = True) -> None:
+    def __init__(
+        self, file: SpaceFile, graph: Graph, *, integers: bool = False, branches: bool = True, views: bool = False
+    ) -> None:
         """`integers` says whether what ships can run on integer kernels; otherwise activations are floats.
 
         It is not entropy coded then, so that `entropy` grids give way to symmetric ones of 2 bits or more.
 
-        `branches` says whether a keep ratio of 0 counts: bytes alone are saved by bits and zeros.
+        `branches` says whether a keep ratio of 0 counts: bytes alone are saved by bits and zeros. `views` says whether
+        the task has any; without, the teacher sees each input alone.
         """
         self.file, self.graph = file, graph
         self.branches = branches
+        self.views: tuple[int, ...] = tuple(sorted(set(file.recovery.views))) if views else (1,)
         self.floats: tuple[str, ...] = ()
         """Layers that keep float kernels among integer ones: where that measures faster."""
         self.activations: tuple[int, ...] = tuple(dict.fromkeys(file.layers.activations)) if integers else (32,)
@@ -337,6 +342,7 @@ class Space:
             Categorical("recovery/scales", _distinct(r.scales)),
             Categorical("recovery/ema", _distinct(r.ema)),
             Categorical("recovery/optimizer", _distinct(self.optimizers)),
+            Ordered("recovery/views", self.views),
         ]
         return tuple(p for p in found if (p.low < p.high if isinstance(p, Real) else len(p.values) > 1))
 
@@ -386,6 +392,7 @@ class Space:
             "scales": r.scales[0],
             "ema": r.ema[0],
             "optimizer": self.optimizers[0],
+            "views": max(self.views),
         }
         for parameter in self.recovery_parameters:
             if parameter.name in point:

@@ -45,6 +45,7 @@ from autocompress.journal import FILE, Journal
 from autocompress.lessons import Lesson, keep_lessons, lessons_of, read_lessons
 from autocompress.measure.latency import Latency, RememberedTimes, alone, no_times
 from autocompress.measure.latency_table import LatencyTable, read_table
+from autocompress.measure.quality import VIEWS
 from autocompress.policy import LayerChoice, Policy
 from autocompress.profile import Profile, measure, profile_key, with_groups
 from autocompress.rungs import TRAINING_ROOM, Climb, Pace, Step, at_epochs, ladder, plan_text
@@ -55,6 +56,7 @@ from autocompress.space import Space, SpaceFile, load_space
 from autocompress.target import FORMATS, OnnxTarget, Place
 from autocompress.task import Task, counted, details, load_task
 from autocompress.trial import Budget, Evaluation, Limit, Measurement
+from autocompress.views import views_of
 
 CONFIG, FREEZE = "config.json", "freeze.txt"
 MAX_ATTEMPTS = 2
@@ -142,7 +144,10 @@ class Settings:
         """
         carried = None if self.latency_table is None else table or read_table(Path(self.latency_table))
         place = Place(self.threads, self.batch, carried)
-        return Evaluator(self.load_task(), seed=self.seed, format=self.format, place=place, dense_ms=dense_ms)
+        recovers = self.epochs > 0
+        return Evaluator(
+            self.load_task(), seed=self.seed, format=self.format, place=place, dense_ms=dense_ms, recovers=recovers
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -877,7 +882,8 @@ def search(
     evaluator = settings.evaluator(dense_ms)
     limits = [Limit.parse(text) for text in settings.budgets]
     hurried = any(limit.quantity != "bytes" for limit in limits)
-    choices = Space(file, evaluator.graph, integers=settings.format == "onnx", branches=hurried)
+    onnx, views = settings.format == "onnx", views_of(evaluator.task) is not None
+    choices = Space(file, evaluator.graph, integers=onnx, branches=hurried, views=views)
     budget = Budget.resolve(limits, evaluator.dense)
     with_profile = needs_profile(settings.controller)
     _refuse_unreachable(choices, evaluator, budget, settings)
@@ -901,7 +907,7 @@ def search(
         size = _size_of(evaluator)
         asked = _with_room(budget, settings)
         controller = make_controller(settings.controller, choices, asked, size, settings.seed, profile, times)
-        learned = cache_folder() / "recovery" / f"{_digest_of(identity_of(evaluator))}.json"
+        learned = _lessons_of(evaluator)
         controller.recovery.earlier = _earlier_lessons(settings, learned, journal)
 
         with closing(make_runner(evaluator, _setup(settings, evaluator, folder, profile))) as runner:
@@ -1087,6 +1093,12 @@ def _set_precision(evaluator: Evaluator, journal: Journal) -> None:
         bench.precision = known
     elif bench.trainable:
         journal.set_fact("precision", asdict(bench.precision))
+
+
+def _lessons_of(evaluator: Evaluator) -> Path:
+    """Where lessons about this model stay; gains against another teacher are other lessons."""
+    views = {"views": VIEWS} if views_of(evaluator.task) is not None else {}
+    return cache_folder() / "recovery" / f"{_digest_of(identity_of(evaluator) | views)}.json"
 
 
 def _earlier_lessons(settings: Settings, learned: Path, journal: Journal) -> list[Lesson]:

@@ -46,7 +46,9 @@ class Task(Protocol):
     `score_batches(model, batches) -> float`, the metric on some batches: then a search screens candidates on a part
     of a large `val` and scores the best on all of it; without it, every candidate is scored on all of `val`. And
     `details(model, split) -> {name: number}`, such as the accuracy of each class, which the report compares with the
-    original's.
+    original's. And `views(inputs) -> iterable of inputs`: other versions of a batch's inputs for which the right
+    outputs are the same, such as mirrored images, the most useful first and the same ones every time; the mean over
+    them makes the dense model a better teacher.
     """
 
     name: str
@@ -216,6 +218,8 @@ Data = tuple[Any, Any] | Callable[[], tuple[Any, Any]] | torch.utils.data.Datase
 class ArrayTask:
     """Shared by the ready-made tasks: three splits in memory and a model that was trained on them."""
 
+    views: Callable[[Any], Iterable[Any]] | None = None
+
     def __init__(
         self,
         model: nn.Module | Callable[[], nn.Module],
@@ -226,13 +230,16 @@ class ArrayTask:
         name: str = "task",
         batch_size: int = 128,
         augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        views: Callable[[Any], Iterable[Any]] | None = None,
     ) -> None:
         """`model` is a trained module or a function that builds one; a split is `(inputs, targets)` as arrays
         or tensors, a function that returns them, or a `Dataset` of pairs. `augment(inputs, generator)` changes
-        a batch of `train` inputs."""
+        a batch of `train` inputs; `views(inputs)` gives other versions of a batch, see `Task`."""
         if batch_size < 1:
             raise TaskError(f"batch_size is {batch_size}; it must be 1 or more")
         self.name, self.batch_size, self.augment = name, batch_size, augment
+        if views is not None:  # a subclass may have a method of that name
+            self.views = views
         self._model = model
         self._sources: dict[Split, Data] = {"train": train, "val": val, "test": test}
         self._loaded: dict[Split, tuple[Any, Tensor]] = {}

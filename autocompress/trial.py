@@ -25,6 +25,7 @@ _HELP = "use bytes (4MB, 900KiB), time (5ms, 800us) or a share of the dense mode
 class Measurement:
     """What a candidate measured. Quality is the task's own metric in its own direction; loss is lower-better.
 
+    `teacher_loss` is the divergence from what recovery's best teacher says, NaN where that is the dense model alone.
     `predicted_ms` is what a table of per-layer times says of it, `predicted_bytes` what was told of its file before
     it was built, NaN where there is none.
     """
@@ -36,6 +37,7 @@ class Measurement:
     latency_ms: float = math.nan
     predicted_ms: float = math.nan
     predicted_bytes: float = math.nan
+    teacher_loss: float = math.nan
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, NaN as null."""

@@ -426,6 +426,7 @@ class World:
         dense_ms: float | None,
         format: str = "packed",
         place: Place | None = None,
+        recovers: bool = True,  # noqa: ARG002 - the fake task has no views
     ) -> FakeEvaluator:
         self.places.append(place or Place())
         self.evaluators.append(

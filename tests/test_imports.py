@@ -151,6 +151,7 @@ FORBIDDEN = {
     "task": ["engine", "study", "report", "cli", "controllers", "artifact", "graph", "policy"],
     "surgery": ["engine", "study", "report", "cli", "artifact", "policy", "task"],
     "trace": ["engine", "study", "report", "cli", "artifact", "policy"],
+    "views": ["engine", "study", "report", "cli", "controllers", "artifact", "graph", "policy", "measure"],
     "stored": ["engine", "artifact", "policy", "graph"],
 }
 

@@ -38,6 +38,7 @@ RECOVERIES = st.builds(
     scales=st.sampled_from(["fixed", "learned"]),
     ema=st.floats(0, 1, exclude_max=True),
     optimizer=st.sampled_from(["sgd", "adam"]),
+    views=st.integers(1, 100),
 )
 POLICIES = st.builds(
     Policy,
@@ -107,6 +108,7 @@ def test_a_layer_choice_names_its_wrong_field(field: str, value: Any) -> None:
         ("temperature", -1.0),
         ("temperature", math.nan),
         ("temperature", math.inf),
+        ("views", 0),
         ("hint_weight", -0.1),
         ("hint_weight", math.nan),
         ("hint_weight", math.inf),
@@ -154,13 +156,21 @@ OLD = {
 def test_an_old_policy_is_read_and_keeps_its_json_and_key() -> None:
     found = Policy.from_json(OLD)
     r = found.recovery
-    assert (r.warmup, r.adjust_cooldown, r.scales, r.ema) == (0.0, 0, "fixed", 0.0)
+    assert (r.warmup, r.adjust_cooldown, r.scales, r.ema, r.views) == (0.0, 0, "fixed", 0.0, 1)
     assert found.to_json() == OLD
     assert found.key() == "23040ed60b8a2ab3"
 
 
 @pytest.mark.parametrize(
-    "later", [{"warmup": 0.1}, {"adjust_cooldown": 1}, {"scales": "learned"}, {"ema": 0.99}, {"decay": "one-cycle"}]
+    "later",
+    [
+        {"warmup": 0.1},
+        {"adjust_cooldown": 1},
+        {"scales": "learned"},
+        {"ema": 0.99},
+        {"views": 2},
+        {"decay": "one-cycle"},
+    ],
 )
 def test_what_came_later_counts_where_it_is_used(later: dict[str, Any]) -> None:
     found = Policy.from_json(OLD | {"recovery": OLD["recovery"] | later})

@@ -69,8 +69,8 @@ GRAPH = make_graph()
 SIZE = Size(GRAPH, "task", "accuracy")
 
 
-def space(text: str = "", graph: Graph = GRAPH) -> Space:
-    return Space(parse_space(text, "my.toml"), graph)
+def space(text: str = "", graph: Graph = GRAPH, *, views: bool = False) -> Space:
+    return Space(parse_space(text, "my.toml"), graph, views=views)
 
 
 def value_of(parameter: Parameter, draw: random.Random) -> Value:
@@ -206,6 +206,7 @@ def test_a_folder_is_no_space(tmp_path: Path) -> None:
         ("[recovery]\nwarmup = [0.0, 0.6]", ["recovery.warmup.1 = 0.6", "less than or equal to 0.5"]),
         ("[recovery]\nwarmup = [0.2, 0.1]", ["recovery.warmup = [0.2, 0.1]", "low <= high"]),
         ("[recovery]\nema = [1.0]", ["recovery.ema.0 = 1.0", "less than 1"]),
+        ("[recovery]\nviews = [0]", ["recovery.views.0 = 0", "greater than or equal to 1"]),
         ("[recovery]\nema = []", ["recovery.ema = []", "at least 1 item"]),
         ("[recovery]\nscales = ['trained']", ["recovery.scales.0 = 'trained'", "'fixed' or 'learned'"]),
         ("[recovery]\nadjust_cooldown = [-1]", ["recovery.adjust_cooldown.0 = -1", "greater than or equal to 0"]),
@@ -385,13 +386,16 @@ def test_every_field_of_recovery_can_be_searched_and_comes_back() -> None:
         "adjust_factor = [0.5, 1.0]\nadjust_patience = [0, 1]\nadjust_cooldown = [0, 2]\ndistill_weight = [0.0, 1.0]\n"
         "temperature = [1.0, 8.0]\nhint_weight = [0.0, 1.0]\ngradient = ['none', 'clip']\n"
         "scales = ['fixed', 'learned']\nema = [0.0, 0.9, 0.99]\noptimizer = ['sgd', 'adam']\n"
+        "views = [1, 2, 4]\n",
+        views=True,
     )
     searched = {p.name.removeprefix("recovery/") for p in built.recovery_parameters}
     assert searched == set(Recovery.__dataclass_fields__) - {"epochs", "reestimate_bn", "fold_bn"}
     point = {"recovery/warmup": 0.25, "recovery/scales": "learned", "recovery/ema": 0.99, "recovery/adjust_cooldown": 1}
-    point["recovery/optimizer"] = "adam"
+    point |= {"recovery/optimizer": "adam", "recovery/views": 1}
     found = built.decode(point, epochs=2)
     r = found.recovery
+    assert r.views == 2
     assert (r.warmup, r.scales, r.ema, r.adjust_cooldown) == (0.25, "learned", 0.99, 2)
     assert r.optimizer == "adam"
     assert built.decode(built.encode(found), epochs=2) == found
@@ -416,8 +420,19 @@ def test_what_a_space_does_not_name_is_off() -> None:
 
 @pytest.mark.parametrize("name", ["default", "distill"])
 def test_a_space_that_searches_recovery_searches_all_of_it(name: str) -> None:
-    searched = {p.name.removeprefix("recovery/") for p in Space(load_space(name), GRAPH).recovery_parameters}
+    built = Space(load_space(name), GRAPH, views=True)
+    searched = {p.name.removeprefix("recovery/") for p in built.recovery_parameters}
     assert searched == set(Recovery.__dataclass_fields__) - {"epochs", "reestimate_bn", "fold_bn", "optimizer"}
+
+
+def test_views_are_chosen_only_where_the_task_has_some() -> None:
+    text = "[recovery]\nviews = [2, 1]\n"
+    with_views, without = space(text, views=True), space(text)
+    assert with_views.decode({}, epochs=1).recovery.views == 2
+    assert with_views.decode({"recovery/views": 0}, epochs=1).recovery.views == 1
+    assert without.decode({}, epochs=1).recovery.views == 1
+    assert "recovery/views" not in {p.name for p in without.recovery_parameters}
+    assert with_views.decode({}).recovery.views == 1
 
 
 def replace_bn(recovery: Recovery) -> Recovery:

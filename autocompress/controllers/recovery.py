@@ -38,6 +38,7 @@ USUAL: dict[str, Value] = {
     "gradient": "none",
     "scales": "fixed",
     "ema": 0.0,
+    "views": 2,
 }
 """A recipe that is good for most models."""
 RECIPES: tuple[dict[str, Value], ...] = (
@@ -108,11 +109,12 @@ class RecoveryProposer:
         if evaluation.status != "ok" or measured is None:
             return
         key = evaluation.policy.without_recovery().key()
+        loss = measured.loss if math.isnan(measured.teacher_loss) else measured.teacher_loss
         if not recovery.epochs:
-            self._losses[key] = measured.loss
-        elif measured.loss > 0 and self._losses.get(key, 0.0) > 0:
+            self._losses[key] = loss
+        elif loss > 0 and self._losses.get(key, 0.0) > 0:
             share = measured.bytes / self._space.graph.dense_bytes
-            self.lessons.append(Lesson(recovery, share, math.log(measured.loss / self._losses[key])))
+            self.lessons.append(Lesson(recovery, share, math.log(loss / self._losses[key])))
 
     def expect(self, policy: Policy) -> None:
         """An earlier process proposed this, and it is still to be learned."""

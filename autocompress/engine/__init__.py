@@ -48,6 +48,7 @@ from autocompress.surgery import hold, install, shadow, without
 from autocompress.task import Batch, Split, Task, length, probe
 from autocompress.trace import trace
 from autocompress.trial import Curve
+from autocompress.views import views_of
 
 CALIBRATION_INPUTS = 512
 REESTIMATION_INPUTS = 128
@@ -198,7 +199,7 @@ class Workbench:
     @cached_property
     def told(self) -> Teacher:
         """The dense model and what it said in earlier trainings."""
-        return Teacher(self.teacher)
+        return Teacher(self.teacher, views=views_of(self.task))
 
     @cached_property
     def _validation(self) -> list[Batch] | None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,29 +14,10 @@ from torch import Tensor, nn
 from autocompress.engine.precision import Precision
 from autocompress.policy import Recovery
 from autocompress.task import Batch, Task, call, divergence, to_device
+from autocompress.views import Views, changed, mean, others
 
 TEACHER_BYTES = 256 * 2**20
 """Most memory for the teacher's answers."""
-
-
-def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Outputs of a model with `change` made to every tensor in them; their structure and types stay."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, MutableMapping):
-        result = copy.copy(value)  # a mapping that also has attributes keeps both in step
-        for key in value:
-            result[key] = changed(value[key], change)
-        return result
-    if isinstance(value, tuple | list):
-        items = [changed(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if hasattr(value, "__dataclass_fields__"):
-        result = copy.copy(value)
-        for name in value.__dataclass_fields__:
-            object.__setattr__(result, name, changed(getattr(value, name), change))
-        return result
-    return value
 
 
 def in_single_precision(outputs: Any) -> Any:
@@ -51,9 +31,9 @@ class Teacher:
     Training draws the batches of an epoch from its number, so every later candidate brings the same ones.
     """
 
-    def __init__(self, model: nn.Module, limit: int = TEACHER_BYTES) -> None:
-        """`limit` in bytes. `model` must stay as it is, in evaluation mode."""
-        self.model, self._limit, self._bytes = model, limit, 0
+    def __init__(self, model: nn.Module, limit: int = TEACHER_BYTES, views: Views | None = None) -> None:
+        """`limit` in bytes. `model` must stay as it is, in evaluation mode. `views` gives other versions of inputs."""
+        self.model, self._limit, self._bytes, self._views = model, limit, 0, views
         self._said: OrderedDict[bytes, tuple[Any, int, int]] = OrderedDict()
         self._training = 0
 
@@ -61,24 +41,30 @@ class Teacher:
         """A new training starts: what only earlier ones asked for may be forgotten."""
         self._training += 1
 
-    def __call__(self, inputs: Any, precision: Precision, *, remember: bool = True) -> Any:
+    def __call__(self, inputs: Any, precision: Precision, *, remember: bool = True, views: int = 1) -> Any:
         """Outputs for the inputs of a batch, in single precision, without gradient.
 
-        Without `remember` the model really runs, for hooks that look at it.
+        With more `views` the mean of what the model says of so many versions of the inputs, themselves included.
+        Without `remember` the model really runs, on the inputs themselves last, for hooks that look at it. Raises
+        `TaskError` if there are not so many views.
         """
-        key = _fingerprint(inputs, precision) if remember else None
+        key = _fingerprint(inputs, precision, views) if remember else None
         if key is None:
-            return self._run(inputs, precision)
+            return self._run(inputs, precision, views)
         if key not in self._said:
-            return self._keep(key, self._run(inputs, precision))
+            return self._keep(key, self._run(inputs, precision, views))
         outputs, size, _ = self._said.pop(key)
         self._said[key] = outputs, size, self._training
         return outputs
 
-    def _run(self, inputs: Any, precision: Precision) -> Any:
-        placed = to_device(inputs, next(self.model.parameters()).device)
-        with torch.no_grad(), precision.computing():
-            return in_single_precision(call(self.model, precision.laid_out(placed)))
+    def _run(self, inputs: Any, precision: Precision, views: int) -> Any:
+        device = next(self.model.parameters()).device
+        answers = []
+        for version in (*others(self._views, inputs, views - 1), inputs):
+            placed = to_device(version, device)
+            with torch.no_grad(), precision.computing():
+                answers.append(in_single_precision(call(self.model, precision.laid_out(placed))))
+        return mean(answers)
 
     def _keep(self, key: bytes, outputs: Any) -> Any:
         """Remember `outputs` at the cost of earlier trainings' alone: a cycle longer than the memory would get none."""
@@ -101,9 +87,9 @@ class Teacher:
         return outputs
 
 
-def _fingerprint(inputs: Any, precision: Precision) -> bytes | None:
+def _fingerprint(inputs: Any, precision: Precision, views: int) -> bytes | None:
     """Stands for the content of inputs; None if they hold anything but tensors, numbers and texts."""
-    found = hashlib.blake2b(repr(precision).encode(), digest_size=16)
+    found = hashlib.blake2b(repr((precision, views)).encode(), digest_size=16)
     for part in _parts(inputs):
         if isinstance(part, Tensor):
             value = part.detach().cpu().contiguous()

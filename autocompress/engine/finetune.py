@@ -355,9 +355,10 @@ class _Training:
 
     def _loss(self, outputs: Any, batch: Batch) -> Tensor:
         course, hinted = self._course, bool(self._own.names)
-        told = None
-        if course.recovery.distill_weight > 0 or hinted:
-            told = self._teacher(batch.inputs, course.precision, remember=not hinted)
+        told, distilled = None, course.recovery.distill_weight > 0
+        if distilled or hinted:
+            views = course.recovery.views if distilled else 1
+            told = self._teacher(batch.inputs, course.precision, remember=not hinted, views=views)
         hint = hint_loss(self._own.values, self._given.values, course.hints.kept) if hinted else None
         return recovery_loss(course.task, course.recovery, outputs, told, batch, hint)
 

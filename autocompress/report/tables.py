@@ -250,6 +250,7 @@ def recipe_text(recovery: Recovery) -> str:
         f"{r.warmup:.0%} warm-up" if r.warmup else "",
         f"x{r.adjust_factor:g} on a plateau" if r.adjust_factor < 1 else "",
         f"distillation {r.distill_weight:.2f} at temperature {r.temperature:.2g}" if r.distill_weight else "",
+        f"the teacher's mean over {r.views} views" if r.views > 1 and r.distill_weight else "",
         f"hints {r.hint_weight:.2g}" if r.hint_weight else "",
         f"gradients: {r.gradient}" if r.gradient != "none" else "",
         "AdamW" if r.optimizer == "adam" else "",

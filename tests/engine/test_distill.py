@@ -13,10 +13,11 @@ import scipy.stats
 import torch
 from torch import Tensor, nn
 
-from autocompress.engine.distill import Features, Teacher, changed, hint_loss, in_single_precision, recovery_loss
+from autocompress.engine.distill import Features, Teacher, hint_loss, in_single_precision, recovery_loss
 from autocompress.engine.precision import Precision
 from autocompress.policy import Recovery
 from autocompress.task import Batch, divergence, soft_target_divergence, squared_error_divergence
+from autocompress.views import changed
 
 BATCH = Batch(torch.zeros(2, 2), torch.zeros(2))
 

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from autocompress.errors import TaskError
 from autocompress.task import load_task, probe
-from autocompress.tasks.cifar10 import MEAN, STD, architecture, crop_and_flip, read_batch, read_checkpoint
+from autocompress.tasks.cifar10 import (
+    MEAN,
+    STD,
+    architecture,
+    crop_and_flip,
+    mirrored_and_moved,
+    read_batch,
+    read_checkpoint,
+)
 
 PER_FILE = 4
 
@@ -155,6 +163,20 @@ def test_every_corner_and_both_directions_are_drawn() -> None:
     places = crop_and_flip(mark, torch.Generator().manual_seed(0)).flatten(1).argmax(1)
     assert {int(p) // 32 for p in places} == set(range(12, 21))
     assert {int(p) % 32 for p in places} == set(range(11, 21))  # 12..20, and mirrored 11..19
+
+
+def test_views_are_the_mirror_image_and_moved_ones_of_the_same_size() -> None:
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    first, *rest = mirrored_and_moved(images)
+    assert torch.equal(first, images.flip(3))
+    assert len(rest) == 8
+    assert len({tuple(v.flatten().tolist()) for v in (images, first, *rest)}) == 10
+    inner = images[:, :, 2:-2, 2:-2]
+    for moved, (row, column) in zip(rest[1::2], ((2, 0), (-2, 0), (0, 2), (0, -2)), strict=True):
+        shifted = moved.roll((-row, -column), (2, 3))
+        assert torch.equal(shifted[:, :, 2:-2, 2:-2], inner)
+    for mirror, moved in zip(rest[::2], rest[1::2], strict=True):
+        assert torch.equal(mirror.flip(3), moved)
 
 
 # --- data that is wrong ---------------------------------------------------------------------------------------
