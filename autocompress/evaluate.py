@@ -115,7 +115,7 @@ class Evaluator:
 
     def loss(self, policy: Policy) -> float:
         """The distance from the dense model's outputs, on what candidates are screened on."""
-        return (self.screen or self.quality)(self.build(policy)[1]).loss
+        return (self.screen or self.quality)(self.build(policy, spent=True)[1]).loss
 
     def __call__(
         self,
@@ -138,7 +138,8 @@ class Evaluator:
         meter = self.screen if screen and self.screen else self.quality
         screened = meter is self.screen
         try:
-            compressed, model = self.build(policy, progress, checkpoint=checkpoint, seed=seed)
+            spent = keep is None
+            compressed, model = self.build(policy, progress, checkpoint=checkpoint, seed=seed, spent=spent)
             measured = self._measure(compressed, model, meter)
             if keep is not None:
                 _write(keep, self.pack(compressed, measured.quality))
@@ -176,9 +177,15 @@ class Evaluator:
         *,
         checkpoint: Path | None = None,
         seed: int | None = None,
+        spent: bool = False,
     ) -> tuple[Compressed, nn.Module]:
-        """The compressed tensors and the resident model filled with them."""
+        """The compressed tensors and the resident model filled with them.
+
+        If `spent`, nobody will write a file: what only a file needs may be gone (`Workbench.spend`).
+        """
         compressed = compress(self.bench, self.target.prepared(policy), progress, checkpoint=checkpoint, seed=seed)
+        if spent and isinstance(self.target, PackedTarget):  # the others write one to measure it
+            return self.bench.spend(compressed)
         return compressed, self.bench.realise(compressed)
 
     def _measure(self, compressed: Compressed, model: nn.Module, meter: QualityMeter) -> Measurement:

@@ -19,6 +19,13 @@ from autocompress.files import cache_folder
 
 LIMIT_BYTES = 512 * 2**20
 """Most that is kept in memory."""
+LEAST_BYTES, SHARE = 64 * 2**20, 4
+"""Beside a model no more is kept than a quarter of its size, but for small ones this much."""
+
+
+def limit_beside(model_bytes: int) -> int:
+    """Bytes that may stay in memory beside a model of `model_bytes`."""
+    return min(LIMIT_BYTES, max(LEAST_BYTES, model_bytes // SHARE))
 
 
 class Spill(MutableMapping[str, Tensor]):
@@ -27,12 +34,12 @@ class Spill(MutableMapping[str, Tensor]):
     Shape and type of what is stored under a name stay the same.
     """
 
-    def __init__(self, expected: int) -> None:
-        """`expected` bytes in all decide whether they are on disk."""
+    def __init__(self, expected: int, limit: int | None = None) -> None:
+        """More than `limit` bytes `expected` in all are on disk."""
         self._held: dict[str, Tensor] = {}
         self._places: dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]] = {}
         self._file: IO[bytes] | None = None
-        if expected > LIMIT_BYTES:
+        if expected > (LIMIT_BYTES if limit is None else limit):
             self._file = _unnamed()
             weakref.finalize(self, self._file.close)
 

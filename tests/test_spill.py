@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autocompress.spill import Spill
+from autocompress.spill import Spill, limit_beside
 
 
 @pytest.mark.parametrize("expected", [0, 10**12])
@@ -27,6 +27,22 @@ def test_what_is_read_is_what_was_stored_last(expected: int, tmp_path: Path, mon
     assert len(spill) == 5
     with pytest.raises(KeyError):
         spill["3"]
+
+
+@pytest.mark.parametrize(
+    ("model", "limit"), [(0, 64 * 2**20), (10**8, 64 * 2**20), (4 * 10**8, 10**8), (10**10, 512 * 2**20)]
+)
+def test_beside_a_model_stays_what_is_small_for_it(model: int, limit: int) -> None:
+    assert limit_beside(model) == limit
+
+
+def test_the_limit_decides_what_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOCOMPRESS_CACHE", str(tmp_path))
+    value = torch.ones(3)
+    for expected, inside in ((1000, True), (1001, False)):
+        spill = Spill(expected, limit=1000)
+        spill["a"] = value
+        assert (spill["a"] is value) == inside
 
 
 def test_nothing_is_left_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

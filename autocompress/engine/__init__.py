@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -76,10 +76,12 @@ class Compressed:
     policy: Policy
     tensors: StoredModel
     curve: Curve | None = None
+    known: Mapping[str, tuple[int, int]] | None = None
+    """The codings, if `tensors` need not be there any more."""
 
     def codings(self) -> dict[str, tuple[int, int]]:
         """`Quantised.coding` of each weight: what the exact length of the file depends on beside the policy."""
-        return _codings(self.tensors)
+        return _codings(self.tensors) if self.known is None else dict(self.known)
 
 
 def _codings(tensors: StoredModel) -> dict[str, tuple[int, int]]:
@@ -154,6 +156,12 @@ class Workbench:
             return found
         self._split = "val"
         return self._calibration(CALIBRATION_INPUTS)
+
+    def forget(self) -> None:
+        """Let go of what a large model's last candidate was deployed as: the next one needs the room."""
+        if self._is_large:
+            self._deployed.clear()
+            self._tidy()
 
     def _tidy(self) -> None:
         """Give back what a large model left behind: holes of memory as large as itself, between what is in use."""
@@ -253,6 +261,20 @@ class Workbench:
 
         Weights that are the dense model's share its memory, so none of its parameters may be written to.
         """
+        return self._filled(compressed, compressed.tensors.items())
+
+    def spend(self, compressed: Compressed) -> tuple[Compressed, nn.Module]:
+        """`realise`, and what is left of `compressed`: of a large model no more than its codings.
+
+        Each of its tensors goes as soon as the weight is there that it becomes, four times as large.
+        """
+        tensors = compressed.tensors
+        if not (self._is_large and isinstance(tensors, dict)):
+            return compressed, self.realise(compressed)
+        left = replace(compressed, tensors={}, known=compressed.codings())
+        return left, self._filled(left, ((name, tensors.pop(name)) for name in tuple(tensors)))
+
+    def _filled(self, compressed: Compressed, tensors: Iterable[tuple[str, Stored]]) -> nn.Module:
         folds = compressed.policy.recovery.fold_bn
         if folds not in self._deployed:
             self._deployed[folds] = shadow(self.teacher)
@@ -261,7 +283,7 @@ class Workbench:
         if self._is_large and "database" in self.__dict__:
             self.database.release()
         self._tidy()
-        for name, stored in compressed.tensors.items():
+        for name, stored in tensors:
             hold(model, name, stored.dense())
         return model.eval()
 
@@ -424,6 +446,7 @@ def compress(
     """
     graph = bench.graph
     graph.check(policy)
+    bench.forget()
     parent = bench.one_shot(policy)
     state, weights, curve = parent.state, parent.weights, None
     if policy.recovery.epochs:

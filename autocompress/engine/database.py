@@ -31,7 +31,7 @@ from autocompress.engine.quantize import Grid, grid_of, parts, quantise
 from autocompress.graph import Graph, Layer, Member, Shape
 from autocompress.memory import trim
 from autocompress.policy import LayerChoice
-from autocompress.spill import Spill
+from autocompress.spill import Spill, limit_beside
 from autocompress.stored import Full, Half, Quantised, Stored, round_to_half
 from autocompress.task import Batch
 
@@ -62,7 +62,8 @@ def remembered_moments(
     inputs = _leaves([batch.inputs for batch in batches])
     key = digest(VERSION, seed, graph.layers, _code(model), *_leaves(model.state_dict()), *inputs)
     keys = {layer.name: f"moments-{digest(key, layer.name)}" for layer in graph.layers}
-    found = Spill(4 * statistics_size(graph))
+    room = limit_beside(graph.dense_bytes)
+    found = Spill(4 * statistics_size(graph), room)
     for layer in graph.layers:
         h = _statistics(cache, keys[layer.name], layer)
         if h is None:
@@ -71,7 +72,7 @@ def remembered_moments(
             found[layer.name] = h
     else:
         return found
-    seen, found = moments(model, graph, batches, seed), Spill(4 * statistics_size(graph))
+    seen, found = moments(model, graph, batches, seed), Spill(4 * statistics_size(graph), room)
     for name, entry in keys.items():  # an empty one says that the model never calls this layer
         h = seen[name].float() if name in seen else torch.zeros(0)
         cache.write(entry, {"h": h})

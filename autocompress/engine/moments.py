@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from autocompress.attention import attention_columns
 from autocompress.engine.recurrence import columns
 from autocompress.graph import PARAMETERS, Graph, Layer
-from autocompress.spill import Spill
+from autocompress.spill import Spill, limit_beside
 from autocompress.task import Batch, call, first_input, to_device
 
 COLUMNS_PER_INPUT = 300
@@ -75,7 +75,7 @@ def moments(model: nn.Module, graph: Graph, batches: Iterable[Batch], seed: int)
     computes something of its own are left out, with a warning.
     """
     batches = list(batches)
-    sums = _Sums(torch.Generator().manual_seed(seed), len(batches), 8 * statistics_size(graph))
+    sums = _Sums(torch.Generator().manual_seed(seed), len(batches), graph)
     handles = [
         model.get_submodule(layer.name).register_forward_pre_hook(_recorder(layer.name, sums), with_kwargs=True)
         for layer in graph.layers
@@ -111,10 +111,9 @@ def statistics_size(graph: Graph) -> int:
 class _Sums:
     """Sums over the batches, by layer."""
 
-    def __init__(self, generator: torch.Generator, batches: int, expected: int) -> None:
-        """`expected` bytes in all."""
+    def __init__(self, generator: torch.Generator, batches: int, graph: Graph) -> None:
         self._generator, self._batches = generator, batches
-        self.found = Spill(expected)
+        self.found = Spill(8 * statistics_size(graph), limit_beside(graph.dense_bytes))
 
     def add(self, name: str, seen: Tensor) -> None:
         self.found[name] = self.found[name].add_(seen) if name in self.found else seen

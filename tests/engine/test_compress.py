@@ -59,7 +59,8 @@ def fitted(model: nn.Module) -> nn.Module:
 
 
 def task_of(model: nn.Module) -> ClassificationTask:
-    return ClassificationTask(model, data(0), data(1), data(2), batch_size=16)
+    mirrored = [data(0), data(1), data(2)]
+    return ClassificationTask(model, *mirrored, batch_size=16, views=lambda inputs: [inputs.flip(-1)])
 
 
 def fresh_bench(momentum: float | None = 0.1, seed: int = 0) -> Workbench:
@@ -331,6 +332,26 @@ def test_a_large_model_is_compressed_as_any_other(bench: Workbench, monkeypatch:
         large.realise(compress(large, policy))
 
 
+@pytest.mark.slow
+def test_of_a_large_model_that_was_spent_the_codings_are_left(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "LARGE_BYTES", 0)
+    large, policy = fresh_bench(), everywhere(LayerChoice(3, 0.5, "entropy"), bench)
+    wanted = {name: value.clone() for name, value in bench.realise(compress(bench, policy)).state_dict().items()}
+    made = compress(large, policy)
+    codings = made.codings()
+    left, model = large.spend(made)
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    assert left.codings() == codings == compress(bench, policy).codings()
+    assert codings
+    assert not left.tensors
+    assert not made.tensors  # nobody holds a code any more
+    small, model = bench.spend(compress(bench, policy))
+    assert set(small.tensors) == set(bench.graph.contents(policy))
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+
+
 def test_a_candidate_that_diverged_leaves_no_trace(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = mixed(bench)
     first = outcome(bench, policy)
@@ -455,6 +476,7 @@ OPTIONS: dict[str, list[Any]] = {
     "scales": ["fixed", "learned"],
     "ema": [0.0, 0.2, 0.9],
     "optimizer": ["sgd", "adam"],
+    "views": [1, 2],
     "reestimate_bn": [True, False],
     "fold_bn": [True, False],
 }
