@@ -183,7 +183,8 @@ def cost(bench: Bench) -> Iterator[tuple[str, object]]:
     recipes = {
         "plain": replace(FIXED, epochs=1, distill_weight=0.0),
         "distilled": replace(FIXED, epochs=1),
-        "learned scales": replace(FIXED, epochs=1, scales="learned"),
+        "distilled, learned scales, the teacher's answers remembered": replace(FIXED, epochs=1, scales="learned"),
+        "distilled from two views": replace(FIXED, epochs=1, views=2),
     }
     runs: dict[str, Callable[[int], float]] = {
         name: lambda turn, recovery=recovery: timed(evaluator, Policy(layers, recovery=recovery), turn)
@@ -199,6 +200,7 @@ def cost(bench: Bench) -> Iterator[tuple[str, object]]:
     for name, values in kept.items():
         print(f"| {name} | {median(values):.3f} | {min(values):.3f} | {max(values):.3f} | {len(values)} |")
     yield "distilled_over_plain", ratio(kept["distilled"], kept["plain"])
+    yield "two_views_over_plain", ratio(kept["distilled from two views"], kept["plain"])
     yield "outside_share", round(1 - ratio(kept["bare"], kept["plain"]), 4)
 
 
