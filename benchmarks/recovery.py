@@ -4,8 +4,9 @@
 
 For each budget the package's own search (`--epochs` in the last rung) finds a policy and a recipe on `val`. Its pick
 is then trained again with other seeds, `--seeds` in all; each time the file is written, weighed, read back and scored
-on `test`. At the budgets of `--compare` the same policy is also trained by the fixed recipe (distillation 0.9 at
-temperature 4, cosine from 0.02), as many epochs and seeds. `--only cost` times steps: distilled against plain, and what
+on `test`. With `--last-rung` so is the best of the last rung where the pick is another. At the budgets of `--compare` the
+same policy is also trained by the fixed recipe (distillation 0.9 at temperature 4, cosine from 0.02), as many epochs and
+seeds. `--only cost` times steps: distilled against plain, and what
 goes on outside of forward and backward passes. Everything measured is kept in `--runs`, so that an ended benchmark goes
 on where it was. Prints tables and ends with one JSON line.
 """
@@ -30,6 +31,7 @@ from autocompress import Policy, Settings, load_task, search
 from autocompress.engine import compress
 from autocompress.evaluate import Evaluator
 from autocompress.files import write
+from autocompress.front import Trial, feasible
 from autocompress.policy import LayerChoice, Recovery
 from autocompress.study import CONFIG, Outcome
 from autocompress.task import Batch, Task
@@ -51,6 +53,7 @@ class Bench:
     seeds: int
     trials: int
     recoveries: int | None
+    last_rung: bool = False
 
     def settings(self, budget: float) -> Settings:
         """Of the search under one budget, in percent of the original's bytes."""
@@ -138,10 +141,13 @@ def accuracies(bench: Bench, budgets: Sequence[float], compare: Sequence[float])
         print(
             f"{budget:g}%: {outcome.evaluations} evaluations in {outcome.seconds:.0f} s; {policy.recovery}", flush=True
         )
-        first = Trained(picked.measured.bytes, picked.measured.quality, picked.quality_test)  # the search's own, seed 0
-        ours = [first, *(trained(bench, evaluator, policy, seed) for seed in range(1, bench.seeds))]
+        ours = again(bench, evaluator, picked)
         lines.append(row(budget, "searched", limit, before.quality, ours))
         reached[f"{budget:g}%"] = round(mean(f.test for f in ours), 4)
+        if bench.last_rung and (longest := last_rung(outcome)) not in (None, picked):
+            assert longest is not None
+            print(lines[-1], longest.evaluation.policy.recovery, sep="\n", flush=True)
+            lines.append(row(budget, "searched, last rung", limit, math.nan, again(bench, evaluator, longest)))
         if budget in compare:
             plain = replace(policy, recovery=replace(FIXED, epochs=policy.recovery.epochs))
             theirs = [trained(bench, evaluator, plain, seed) for seed in range(bench.seeds)]
@@ -151,6 +157,23 @@ def accuracies(bench: Bench, budgets: Sequence[float], compare: Sequence[float])
     print("\n".join(["", *lines]))
     yield "accuracy", reached
     yield "against_fixed", fixed
+
+
+def again(bench: Bench, evaluator: Evaluator, trial: Trial) -> list[Trained]:
+    """What the search measured of a trial, with seed 0, and as many trainings more as there are seeds left."""
+    test = trial.quality_test
+    if math.isnan(test):  # no member of the front: its file was not scored on `test`
+        ours = [trained(bench, evaluator, trial.evaluation.policy, 0)]
+    else:
+        ours = [Trained(trial.measured.bytes, trial.measured.quality, test)]
+    return [*ours, *(trained(bench, evaluator, trial.evaluation.policy, seed) for seed in range(1, bench.seeds))]
+
+
+def last_rung(outcome: Outcome) -> Trial | None:
+    """The best on `val` of those within the budget that were trained longest."""
+    fits = [t for t in feasible(outcome.trials, outcome.budget) if t.evaluation.rung]
+    rung = max((t.evaluation.rung for t in fits), default=0)
+    return max((t for t in fits if t.evaluation.rung == rung), key=lambda t: t.measured.quality, default=None)
 
 
 def compared(ours: Sequence[Trained], theirs: Sequence[Trained]) -> dict[str, float]:
@@ -263,6 +286,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each pick")
     parser.add_argument("--trials", type=int, default=60, help="one-shot evaluations of each search")
     parser.add_argument("--recoveries", type=int, help="trainings in the first rung of each search")
+    parser.add_argument("--last-rung", action="store_true", help="the best of the last rung too, if it is not the pick")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     given = parser.parse_args()
@@ -271,7 +295,16 @@ def main() -> None:
         parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(sorted(unknown))}")
     torch.set_num_threads(given.threads)
     given.runs.mkdir(parents=True, exist_ok=True)
-    bench = Bench(given.data, given.checkpoint, given.runs, given.epochs, given.seeds, given.trials, given.recoveries)
+    bench = Bench(
+        given.data,
+        given.checkpoint,
+        given.runs,
+        given.epochs,
+        given.seeds,
+        given.trials,
+        given.recoveries,
+        given.last_rung,
+    )
     print(f"{given.threads} thread(s), load {os.getloadavg()[0]:.1f}", flush=True)
     print(json.dumps(measured(bench, given, wanted)))
 
