@@ -4,10 +4,10 @@
 
 For each budget the package's own search (`--epochs` in the last rung) finds a policy and a recipe on `val`. Its pick
 is then trained again with other seeds, `--seeds` in all; each time the file is written, weighed, read back and scored
-on `test`. With `--last-rung` so is the best of the last rung where the pick is another. At the budgets of `--compare` the
-same policy is also trained by the fixed recipe (distillation 0.9 at temperature 4, cosine from 0.02), as many epochs and
-seeds. `--only cost` times steps: distilled against plain, and what
-goes on outside of forward and backward passes. Everything measured is kept in `--runs`, so that an ended benchmark goes
+on `test`. With `--last-rung` so is the best of the last rung where the pick is another. At the budgets of `--compare`
+the same policy is also trained by the fixed recipe (distillation 0.9 at temperature 4, cosine from 0.02), as many
+epochs and seeds. `--only cost` times steps: distilled against plain, and what goes on outside of forward and backward
+passes. Everything measured is kept in `--runs`, so that an ended benchmark goes
 on where it was. Prints tables and ends with one JSON line.
 """
 
