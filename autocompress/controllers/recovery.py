@@ -64,6 +64,8 @@ GENTLE = 0.027
 What lost little is disturbed by the rate that mends what lost much. On ResNet-20 an epoch takes a divergence of 0.142
 to 0.095, 0.093 and 0.099 at 0.02, 0.01 and 0.006, one of 0.016 to 0.018, 0.014 and 0.014 at 0.02, 0.005 and 0.002.
 """
+FARTHER = 0.05
+"""The same where the teacher has several views: more is to be learnt than what was lost (`reports/LOG.md`)."""
 SAFE = 0.5
 """After a training diverged, later ones stay below this share of its learning rate."""
 AGAIN = 0.5
@@ -160,7 +162,8 @@ class RecoveryProposer:
             if recipe not in found:
                 found.append(recipe)
         if damage > 0:
-            rate = GENTLE * math.sqrt(damage)
+            viewed = any(p.name == "recovery/views" for p in choices)
+            rate = (FARTHER if viewed else GENTLE) * math.sqrt(damage)
             found.sort(key=lambda recipe: abs(math.log(float(recipe.get("recovery/lr", rate)) / rate)))
         return found
 
