@@ -13,6 +13,7 @@ from fakes import GRAPH, SPACE_TEXT, make_space
 from autocompress.controllers.recovery import RECIPES, USUAL, RecoveryProposer
 from autocompress.lessons import Lesson
 from autocompress.policy import Policy, Recovery
+from autocompress.space import Space, parse_space
 from autocompress.trial import Evaluation, Measurement
 
 WIDE = """
@@ -72,6 +73,17 @@ def test_what_lost_little_is_trained_gently(damage: float, rates: tuple[float, f
     found = [r.lr for r in after(WIDE, lambda r: 0.0, len(RECIPES), damage=damage)]  # noqa: ARG005
     assert found[0] == rates[0]
     assert list(dict.fromkeys(found))[1] == rates[1]
+
+
+def test_a_teacher_of_several_views_is_followed_at_higher_rates() -> None:
+    text = WIDE + "views = [1, 2]\n"
+    rates = []
+    for views in (False, True):
+        proposer = RecoveryProposer(Space(parse_space(text, "fake.toml"), GRAPH, views=views))
+        proposer.learn(shot(0.1))
+        found = proposer.propose(PARENT, 1, 0.05, 0).recovery
+        rates.append((found.views, found.lr))
+    assert rates == [(1, 0.01), (2, 0.02)]
 
 
 def test_recipes_are_restricted_to_what_the_space_allows() -> None:
