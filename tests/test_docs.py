@@ -54,10 +54,14 @@ def test_the_example_spaces_are_spaces() -> None:
 
 
 def test_the_example_tasks_are_tasks() -> None:
-    first, second = block("task.md", "python")
+    first, viewed, second = block("task.md", "python")
     known = {name: torch.zeros(6, 4) for name in ("x_train", "x_val", "x_test")}
     known |= {name: torch.arange(6) % 3 for name in ("y_train", "y_val", "y_test")}
-    scope = {"model": nn.Linear(4, 3), "ClassificationTask": ClassificationTask, **known}
+    splits = {name: (known[f"x_{name}"], known[f"y_{name}"]) for name in ("train", "val", "test")}
+    scope = {"model": nn.Linear(4, 3), "ClassificationTask": ClassificationTask, **known, **splits}
+    exec(viewed, scope)
+    (mirrored,) = scope["task"]().views(torch.arange(4.0)[None])  # type: ignore[operator]
+    assert mirrored.tolist() == [[3, 2, 1, 0]]
     exec(first + second, scope)
     task = scope["task"]()  # type: ignore[operator]
     assert task.name == "pets"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from autocompress import ClassificationTask, Policy, RegressionTask
 from autocompress.artifact.layout import file_bytes
+from autocompress.measure import latency as latency_module
 from autocompress.measure import quality as quality_module
 from autocompress.measure.latency import SAMPLES, WARM_UP, LatencyMeter
 from autocompress.measure.quality import QualityMeter
@@ -189,6 +191,15 @@ def test_quartiles_are_in_order_and_in_units_of_the_dense_model() -> None:
     assert 0 < found.low <= found.ms <= found.high
     assert 100.0 < found.ms < 10_000.0
     assert found.samples == SAMPLES
+
+
+def test_runs_in_which_the_clock_stands_still_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = itertools.cycle([0, 1_000_000, 2_000_000, 1_000_000, 0, 0])  # own and reference, three rounds
+    ticks = itertools.accumulate(step for pair in zip(steps, itertools.repeat(0), strict=False) for step in pair[::-1])
+    monkeypatch.setattr(latency_module.time, "thread_time_ns", lambda: next(ticks))
+    found = LatencyMeter(classifier(), torch.randn(4, 5), dense_ms=1.0)(classifier())
+    assert (found.low, found.ms, found.high) == (2.0, 2.0, 2.0)
+    assert found.samples == SAMPLES // 3
 
 
 def test_reference_of_an_earlier_run_is_kept() -> None:

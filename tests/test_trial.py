@@ -255,7 +255,7 @@ def test_an_evaluation_survives_strict_json(evaluation: Evaluation) -> None:
 
 def test_what_was_not_measured_is_null() -> None:
     data = Evaluation(Policy(), 0, 0, "infeasible", Measurement(10, 20)).to_json()
-    unknown = dict.fromkeys(("quality", "loss", "latency_ms", "predicted_ms", "predicted_bytes"))
+    unknown = dict.fromkeys(("quality", "loss", "latency_ms", "predicted_ms", "predicted_bytes", "teacher_loss"))
     assert data["measurement"] == {"bytes": 10, "macs": 20, **unknown}
     assert "policy" not in data
 

@@ -138,7 +138,8 @@ class Widths:
         return self._known[keep, activations]
 
     def _correction(self) -> float:
-        return median(ms / told for told, ms in self._measured) if self._measured else 1.0
+        ratios = [ms / told for told, ms in self._measured if told > 0]  # a table may know nothing of a tiny model
+        return median(ratios) if ratios else 1.0
 
 
 def fastest_widths(space: Space, times: Callable[[Policy], float], activations: int) -> tuple[Policy, float]:

@@ -103,17 +103,23 @@ class RuntimeMeter:
         for _ in range(WARM_UP):
             _round(runs, clock)
         every: list[list[float]] = []
+        whole: list[int] = []  # those in which the clock moved
         clean: list[int] = []
+        calm: list[int] = []
         while len(every) < ATTEMPTS * count:
             before = _preemptions()
             every.append(_round(runs, clock))
+            if min(every[-1]) <= 0:
+                continue
+            whole.append(len(every) - 1)
             self._fastest = min(self._fastest, every[-1][-1])
             if self.threads == 1 or _preemptions() == before:
                 clean.append(len(every) - 1)
             calm = [i for i in clean if every[i][-1] <= DISTURBED * self._fastest]
             if len(calm) == count:
                 break
-        numbers = next(found for found in (calm, clean, range(len(every))) if len(found) >= min(count, MIN_CALM))
+        numbers = next((found for found in (calm, clean) if len(found) >= min(count, MIN_CALM)), whole)
+        _require_some(numbers)
         return _Rounds([every[i] for i in numbers], list(numbers))
 
 
@@ -204,7 +210,7 @@ class LatencyMeter:
                 own, reference = _samples([self._call(_on_cpu(model)), self._call(self._dense)], SAMPLES)
             ratios = [a / b for a, b in zip(own, reference, strict=True)]
             low, middle, high = quantiles(ratios, n=4)
-            measured = Latency(self.dense * middle, self.dense * low, self.dense * high, SAMPLES)
+            measured = Latency(self.dense * middle, self.dense * low, self.dense * high, len(ratios))
             if architecture is None:
                 return measured
             self._known[architecture] = measured
@@ -212,9 +218,20 @@ class LatencyMeter:
 
 
 def _samples(runs: Sequence[Run], count: int) -> list[list[float]]:
-    """CPU milliseconds of the calling thread per run, taking turns, after a warm-up: (runs, count)."""
-    rounds = [_round(runs, time.thread_time_ns) for _ in range(WARM_UP + count)]
-    return [list(times) for times in zip(*rounds[WARM_UP:], strict=True)]
+    """CPU milliseconds of the calling thread per run, taking turns, after a warm-up: (runs, at most count)."""
+    rounds = [_round(runs, time.thread_time_ns) for _ in range(WARM_UP + count)][WARM_UP:]
+    whole = [times for times in rounds if min(times) > 0]
+    _require_some(whole)
+    return [list(times) for times in zip(*whole, strict=True)]
+
+
+def _require_some(rounds: Sequence[object]) -> None:
+    """A thread's clock may stand still for a moment, on a virtual machine under load: such rounds say nothing."""
+    if len(rounds) < 2:
+        raise LatencyError(
+            "the processor's clock did not move while the model ran, in all rounds but one: run it again when less "
+            "else runs here, or give a larger --batch"
+        )
 
 
 def _round(runs: Sequence[Run], clock: Callable[[], int]) -> list[float]:

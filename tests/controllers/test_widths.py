@@ -197,3 +197,9 @@ def test_times_are_asked_for_the_kernels_that_run() -> None:
     count = len(asked)
     found.choose(None, 32)
     assert len(asked) == count, "each is asked once"
+
+
+def test_times_that_know_nothing_of_a_tiny_model_are_not_corrected() -> None:
+    found = widths(Budget(ms=1.0), lambda _: 0.0)
+    found.learn(found.policy(found.whole), GRAPH.dense_macs, 0.5)
+    assert found.choose(None, 32) == found.whole

@@ -103,6 +103,19 @@ def test_machine_that_is_never_calm_is_measured_as_it_is(monkeypatch: pytest.Mon
     assert (found.ms, found.samples) == (3.0, ATTEMPTS * 9)
 
 
+@pytest.mark.parametrize("stuck", [[0, 10], [20, 0], [0, 0]])
+def test_rounds_in_which_the_clock_stands_still_say_nothing(stuck: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = ticking(monkeypatch, itertools.cycle([20, 10, *stuck]))
+    found = meter(network(), 9)
+    assert (found.low, found.ms, found.high, found.samples, found.reference) == (2.0, 2.0, 2.0, 9, 10.0)
+
+
+def test_a_clock_that_never_moves_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = ticking(monkeypatch, itertools.repeat(0))
+    with pytest.raises(LatencyError, match=r"clock did not move .* larger --batch"):
+        meter(network(), 9)
+
+
 def test_preempted_rounds_do_not_count_with_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = RuntimeMeter(network(), IMAGE, threads=2, dense_ms=1.0)
     lost = itertools.count()
