@@ -195,8 +195,9 @@ class Evaluator:
         predicted = self.target.predicted_ms(policy)
         macs = self.graph.macs(policy)
         told = float(self.target.predict(policy).bytes)
-        losses = quality.loss, quality.teacher_loss
-        return Measurement(shipped.bytes, macs, quality.score, losses[0], latency.ms, predicted, told, losses[1])
+        return Measurement(
+            shipped.bytes, macs, quality.score, quality.loss, latency.ms, predicted, told, quality.teacher_loss
+        )
 
     def pack(self, compressed: Compressed, quality: float) -> bytes:
         """The content of the file for a compressed model that scored `quality`."""

@@ -7,8 +7,8 @@ is then trained again with other seeds, `--seeds` in all; each time the file is 
 on `test`. With `--last-rung` so is the best of the last rung where the pick is another. At the budgets of `--compare`
 the same policy is also trained by the fixed recipe (distillation 0.9 at temperature 4, cosine from 0.02), as many
 epochs and seeds. `--only cost` times steps: distilled against plain, and what goes on outside of forward and backward
-passes. Everything measured is kept in `--runs`, so that an ended benchmark goes
-on where it was. Prints tables and ends with one JSON line.
+passes. Everything measured is kept in `--runs`, so that an ended benchmark goes on where it was. Prints tables and ends
+with one JSON line.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ def accuracies(bench: Bench, budgets: Sequence[float], compare: Sequence[float])
         ours = again(bench, evaluator, picked)
         lines.append(row(budget, "searched", limit, before.quality, ours))
         reached[f"{budget:g}%"] = round(mean(f.test for f in ours), 4)
-        if bench.last_rung and (longest := last_rung(outcome)) not in (None, picked):
-            assert longest is not None
+        longest = last_rung(outcome) if bench.last_rung else None
+        if longest is not None and longest.number != picked.number:
             print(lines[-1], longest.evaluation.policy.recovery, sep="\n", flush=True)
             lines.append(row(budget, "searched, last rung", limit, math.nan, again(bench, evaluator, longest)))
         if budget in compare:

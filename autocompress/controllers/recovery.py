@@ -162,8 +162,7 @@ class RecoveryProposer:
             if recipe not in found:
                 found.append(recipe)
         if damage > 0:
-            viewed = any(p.name == "recovery/views" for p in choices)
-            rate = (FARTHER if viewed else GENTLE) * math.sqrt(damage)
+            rate = (FARTHER if max(self._space.views) > 1 else GENTLE) * math.sqrt(damage)
             found.sort(key=lambda recipe: abs(math.log(float(recipe.get("recovery/lr", rate)) / rate)))
         return found
 

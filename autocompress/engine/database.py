@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from autocompress.engine.cache import Cache, digest
 from autocompress.engine.channels import Reader, refit, removal_ranks
 from autocompress.engine.compensate import Factor, factorise, ranked, refit_scale, removal_order, solve, times
-from autocompress.engine.moments import moments, statistics_size
+from autocompress.engine.moments import moments, statistics_room
 from autocompress.engine.prune import Slice, magnitude_mask
 from autocompress.engine.quantize import Grid, grid_of, parts, quantise
 from autocompress.graph import Graph, Layer, Member, Shape
 from autocompress.memory import trim
 from autocompress.policy import LayerChoice
-from autocompress.spill import Spill, limit_beside
 from autocompress.stored import Full, Half, Quantised, Stored, round_to_half
 from autocompress.task import Batch
 
@@ -62,8 +61,7 @@ def remembered_moments(
     inputs = _leaves([batch.inputs for batch in batches])
     key = digest(VERSION, seed, graph.layers, _code(model), *_leaves(model.state_dict()), *inputs)
     keys = {layer.name: f"moments-{digest(key, layer.name)}" for layer in graph.layers}
-    room = limit_beside(graph.dense_bytes)
-    found = Spill(4 * statistics_size(graph), room)
+    found = statistics_room(graph, 4)
     for layer in graph.layers:
         h = _statistics(cache, keys[layer.name], layer)
         if h is None:
@@ -72,7 +70,7 @@ def remembered_moments(
             found[layer.name] = h
     else:
         return found
-    seen, found = moments(model, graph, batches, seed), Spill(4 * statistics_size(graph), room)
+    seen, found = moments(model, graph, batches, seed), statistics_room(graph, 4)
     for name, entry in keys.items():  # an empty one says that the model never calls this layer
         h = seen[name].float() if name in seen else torch.zeros(0)
         cache.write(entry, {"h": h})

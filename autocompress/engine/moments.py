@@ -108,12 +108,17 @@ def statistics_size(graph: Graph) -> int:
     return sum(x.shape[0] if x.kind == "embedding" else x.groups * prod(x.shape[1:]) ** 2 for x in graph.layers)
 
 
+def statistics_room(graph: Graph, width: int) -> Spill:
+    """Where the H of all layers go, `width` bytes a number."""
+    return Spill(width * statistics_size(graph), limit_beside(graph.dense_bytes))
+
+
 class _Sums:
     """Sums over the batches, by layer."""
 
     def __init__(self, generator: torch.Generator, batches: int, graph: Graph) -> None:
         self._generator, self._batches = generator, batches
-        self.found = Spill(8 * statistics_size(graph), limit_beside(graph.dense_bytes))
+        self.found = statistics_room(graph, 8)
 
     def add(self, name: str, seen: Tensor) -> None:
         self.found[name] = self.found[name].add_(seen) if name in self.found else seen
