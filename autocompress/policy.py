@@ -21,7 +21,7 @@ Criterion = Literal["l1", "l2", "taylor", "entropy", "gini", "reconstruction"]
 Decay = Literal["constant", "step", "exponential", "cosine", "polynomial", "one-cycle"]
 Gradient = Literal["none", "centralise", "standardise", "clip"]
 Scales = Literal["fixed", "learned"]
-Optimizer = Literal["sgd", "adam"]
+Optimizer = Literal["sgd", "adam", "muon"]
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32)
 """Weight widths: a sign times the row's scale, integers on an affine grid up to 8, IEEE half and single precision."""

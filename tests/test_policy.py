@@ -37,7 +37,7 @@ RECOVERIES = st.builds(
     adjust_cooldown=st.integers(0, 100),
     scales=st.sampled_from(["fixed", "learned"]),
     ema=st.floats(0, 1, exclude_max=True),
-    optimizer=st.sampled_from(["sgd", "adam"]),
+    optimizer=st.sampled_from(["sgd", "adam", "muon"]),
     views=st.integers(1, 100),
 )
 POLICIES = st.builds(

@@ -44,7 +44,7 @@ from autocompress.measure.quality import screening_part
 from autocompress.memory import give_back, trim
 from autocompress.policy import LayerChoice, Policy, Solver
 from autocompress.stored import Half, Quantised, Stored, StoredModel
-from autocompress.surgery import hold, install, shadow, without
+from autocompress.surgery import fold_scale, hold, install, shadow, without
 from autocompress.task import Batch, Split, Task, length, probe
 from autocompress.trace import trace
 from autocompress.trial import Curve
@@ -62,7 +62,7 @@ LARGE_BYTES = 256 * 2**20
 """In single precision a model that is larger is large: what is only kept to be quick makes room for it."""
 LARGE_WEIGHT = 2**21
 """Numbers in a weight whose solution leaves much memory behind."""
-_TRAINING_VERSION = 3
+_TRAINING_VERSION = 4
 """Rises when training changes, so that a checkpoint of the old one is not continued."""
 
 Widths = tuple[Any, ...]
@@ -207,7 +207,22 @@ class Workbench:
     @cached_property
     def told(self) -> Teacher:
         """The dense model and what it said in earlier trainings."""
-        return Teacher(self.teacher, views=views_of(self.task))
+        return Teacher(self.teacher, views=views_of(self.task), quick=self._without_norms())
+
+    def _without_norms(self) -> nn.Module | None:
+        """The dense model with its batch norms folded, which is quicker; None without any, or if it is large."""
+        folded = self.graph.folded(Policy())
+        if not folded or self._is_large:
+            return None
+        model = shadow(self.teacher)
+        without(model, folded)
+        for norm, layer in folded.items():
+            scale, bias = fold_scale(self.state, layer, self.eps[norm])  # (out,)
+            weight = self.state[layer.weight]
+            rows = scale.reshape(-1, *[1] * (weight.ndim - 1))
+            hold(model, layer.weight, (weight.double() * rows).to(weight.dtype))
+            hold(model, layer.bias, bias.to(weight.dtype))
+        return model.eval()
 
     @cached_property
     def _validation(self) -> list[Batch] | None:
@@ -491,7 +506,8 @@ def _recover(
     bench: Workbench, policy: Policy, parent: OneShot, course: Course, path: Path | None
 ) -> tuple[dict[str, Tensor], dict[str, Stored]]:
     """All tensors after recovery training, and the compressed weights on the grids that they were trained on."""
-    constraints = {name: _constraint(stored) for name, stored in parent.weights.items()}
+    coded = {layer.weight for layer, choice in bench.graph.choices(policy) if choice.entropy}
+    constraints = {name: _constraint(stored, name in coded) for name, stored in parent.weights.items()}
     start = dict(parent.state)  # a plainly rounded weight starts from its dense value, which rounds to what is stored
     for name in parent.compensated:
         start[name] = constraints[name].toward(parent.weights[name].dense(), parent.state[name])
@@ -515,10 +531,10 @@ def _identity(bench: Workbench, policy: Policy, course: Course, start: Mapping[s
     return digest(*about, course.steps_per_epoch, *(part for item in sorted(start.items()) for part in item))
 
 
-def _constraint(stored: Stored) -> Constraint:
+def _constraint(stored: Stored, coded: bool) -> Constraint:
     mask = getattr(stored, "mask", None)
     if isinstance(stored, Quantised):
-        return Constraint(mask, Grid(stored.scale, stored.zero.float(), stored.bits, stored.symmetric))
+        return Constraint(mask, Grid(stored.scale, stored.zero.float(), stored.bits, stored.symmetric), coded=coded)
     return Constraint(mask, None, isinstance(stored, Half))
 
 

@@ -22,11 +22,15 @@ MOST_OFFSET = 0.45
 
 @dataclass(frozen=True, eq=False)
 class Constraint:
-    """`mask` is False where a weight is pruned; `grid` holds the points below 16 bits; `half` says 16 bits."""
+    """`mask` is False where a weight is pruned; `grid` holds the points below 16 bits; `half` says 16 bits.
+
+    `coded` says that the file holds the grid's codes entropy coded.
+    """
 
     mask: Tensor | None
     grid: Grid | None
     half: bool = False
+    coded: bool = False
 
     def apply(self, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         """The weight (out, ...) as it will be stored, with the grid's scale or with one (out,) that learns.
@@ -43,7 +47,7 @@ class Constraint:
         if self.grid is not None:
             position = self.positions(weight, self.grid.scale)
             return (self.rows(self.grid.scale, weight) * self.steps(position)).to(weight.dtype)
-        pruned = weight.float() if self._kept is None else weight.float() * self._kept
+        pruned = self.only_kept(weight.float())
         return (round_to_half(pruned) if self.half else pruned).to(weight.dtype)
 
     def toward(self, stored: Tensor, wanted: Tensor) -> Tensor:
@@ -57,19 +61,22 @@ class Constraint:
         step = self.grid.scale.abs() * (2 if self.grid.bits == 1 else 1)  # one bit has no code between plus and minus
         most = self.rows(MOST_OFFSET * step, stored)
         offset = torch.minimum(torch.maximum(wanted.float() - stored, -most), most)
-        return stored + (offset if self._kept is None else offset * self._kept)
+        return stored + self.only_kept(offset)
+
+    def only_kept(self, values: Tensor) -> Tensor:
+        """`values` (out, ...), zero where a weight is pruned."""
+        return values if self._kept is None else values * self._kept
 
     def positions(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Unpruned weights in units of their row's scale; a scale of 0 has all of them at 0."""
-        pruned = weight.float() if self._kept is None else weight.float() * self._kept
+        pruned = self.only_kept(weight.float())
         return pruned / self.rows(torch.where(scale == 0, torch.inf, scale), weight)
 
     def steps(self, position: Tensor) -> Tensor:
         """Codes, counted from the zero point, of weights at `position`."""
         low, high = self.limits
         if self.grid is not None and self.grid.bits == 1:  # which has no code for zero
-            signs = torch.where(position >= 0, 1.0, -1.0)
-            return signs if self._kept is None else signs * self._kept
+            return self.only_kept(torch.where(position >= 0, 1.0, -1.0))
         return torch.round(position).clamp(self.rows(low, position), self.rows(high, position))
 
     def derivatives(self, position: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from autocompress.channels_last import channels_last
 from autocompress.engine.checkpoint import Checkpoint
 from autocompress.engine.constraint import Constraint
 from autocompress.engine.distill import Features, Teacher, hint_loss, in_single_precision, recovery_loss
+from autocompress.engine.held import Held
+from autocompress.engine.muon import Muon
 from autocompress.engine.precision import PLAIN, Precision
 from autocompress.engine.schedules import Plateau, learning_rate
 from autocompress.policy import Gradient, Recovery
@@ -147,6 +149,7 @@ def train(
         with (
             torch.random.fork_rng(devices=[]),
             channels_last(teacher.model, wanted=course.precision.channels_last),
+            channels_last(teacher.quick, wanted=course.precision.channels_last),
             Features(student, layers) as own,
             Features(teacher.model, layers) as given,
         ):
@@ -214,6 +217,7 @@ class _Learner:
         learnt = [*self.parameters, *([self.scales] if self.scales is not None else [])]
         self._all = [*learnt, *(b for name, b in model.named_buffers() if name.endswith(STATISTICS))]
         self.average = _Average(self._all, recovery.ema) if recovery.ema > 0 else None
+        self.held = Held(self._weights, self._constraints)
 
     def groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the optimizer: a decaying scale would only shrink its grid."""
@@ -242,7 +246,8 @@ class _Learner:
             return None
 
     def stepped(self) -> None:
-        """After each step of the optimizer."""
+        """After each step of the optimizer, and `held.remember` before it."""
+        self.held.pull(self._scales())
         if self.scales is not None:
             with torch.no_grad():
                 self.scales.copy_(self._sign * torch.maximum(self._sign * self.scales, self._least))
@@ -311,6 +316,8 @@ def _optimizer(learner: _Learner, recovery: Recovery) -> torch.optim.Optimizer:
     groups, decay = learner.groups(), WEIGHT_DECAY
     if recovery.optimizer == "adam":
         return torch.optim.AdamW(groups, betas=BETAS, weight_decay=decay, foreach=True)
+    if recovery.optimizer == "muon":
+        return Muon(groups, momentum=MOMENTUM, weight_decay=decay)
     return torch.optim.SGD(groups, momentum=MOMENTUM, nesterov=True, weight_decay=decay, foreach=True)
 
 
@@ -374,6 +381,7 @@ class _Training:
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         normalise_gradients(self._learnt(), course.recovery.gradient)
+        learner.held.remember()
         self._optimizer.step()
         learner.stepped()
         course.record.add(self._step + 1, course.total, value, rate)
@@ -392,6 +400,7 @@ class _Training:
         average = self._learner.average
         facts: dict[str, Any] = {"step": self._step, "epoch": self._epoch, "updates": average.updates if average else 0}
         facts["plateau"] = [plateau.scale, plateau.best, plateau.bad, plateau.cooling]
+        facts["held"] = [self._learner.held.price, self._learner.held.limit]
         facts["record"] = self._course.record.state()
         checkpoint.save(state, facts)
 
@@ -409,6 +418,8 @@ class _Training:
                 self._optimizer.state[learnt[int(i)]][name] = value
         torch.set_rng_state(state["rng"])
         self._step, self._epoch = facts["step"], facts["epoch"]
+        if "held" in facts:
+            self._learner.held.price, self._learner.held.limit = facts["held"]
         if "record" in facts:
             self._course.record.restore(facts["record"])
         plateau = self._plateau

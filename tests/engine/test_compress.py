@@ -475,7 +475,7 @@ OPTIONS: dict[str, list[Any]] = {
     "adjust_cooldown": [0, 2],
     "scales": ["fixed", "learned"],
     "ema": [0.0, 0.2, 0.9],
-    "optimizer": ["sgd", "adam"],
+    "optimizer": ["sgd", "adam", "muon"],
     "views": [1, 2],
     "reestimate_bn": [True, False],
     "fold_bn": [True, False],
