@@ -23,8 +23,10 @@ NEAR_SIZE, NEAR_LOSS = 0.03, 1.05
 """A neighbour of a front member: its bytes within this share, its loss within this factor."""
 STAYS = 0.5
 """Share of first trainings that take the front member itself, where it has neighbours."""
-TRAINING_ROOM = 0.01
-"""Share of a byte budget that who is trained first leaves free, where the front has such members: codes change."""
+TRAINING_ROOM = 0.003
+"""Share of a byte budget that who is trained first leaves free, where the front has such members.
+
+Codes change, and how short they are is held in the large alone (`engine.held`)."""
 MARGIN = 0.1
 """How far beyond the worst members the reference point of the hypervolume lies, in spans of each objective."""
 

@@ -348,11 +348,19 @@ class Space:
 
     @cached_property
     def optimizers(self) -> Sequence[Optimizer]:
-        """What recovery may train with, unless the file says: AdamW where norms are layer norms, as in transformers."""
+        """What recovery may train with, unless the file says: AdamW where norms are layer norms, as in transformers.
+
+        Elsewhere SGD, or, where learning rates are searched, that or Muon.
+        """
+        given = self.file.recovery
+        if given.optimizer:
+            return given.optimizer
         tensors = self.graph.tensors
         batch_norms = any(name.endswith(".running_mean") for name in tensors)
         others = any(len(shape) == 1 and name.endswith(".weight") for name, (shape, _) in tensors.items())
-        return self.file.recovery.optimizer or (["adam"] if others and not batch_norms else ["sgd"])
+        if others and not batch_norms:
+            return ["adam"]
+        return ["sgd", "muon"] if given.lr[0] < given.lr[1] else ["sgd"]
 
     def decode(self, point: Mapping[str, Value], epochs: int = 0) -> Policy:
         """The policy at `point`; parameters that are absent take the largest (densest) or first choice."""

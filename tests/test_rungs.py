@@ -225,12 +225,12 @@ def test_who_is_over_the_budget_or_failed_does_not_climb() -> None:
 
 
 def test_front_members_with_room_for_what_training_adds_go_first() -> None:
-    shots = [trial(0, 100, 0.5), trial(1, 990, 0.3), trial(2, 995, 0.2)]
+    shots = [trial(0, 100, 0.5), trial(1, 997, 0.3), trial(2, 998, 0.2)]
     climbing = Climb(shots, Budget(bytes=1000), "max", (1,), 5)
     assert [t.number for t in climbing.untried()] == [0, 1]
     full = Climb(shots[2:], Budget(bytes=1000), "max", (1,), 5)
     assert [t.number for t in full.untried()] == [2]
-    assert rungs.TRAINING_ROOM == 0.01
+    assert rungs.TRAINING_ROOM == 0.003
 
 
 @pytest.mark.parametrize(("after", "room", "waiting"), [(90, 0.0, [1, 2]), (104, 0.04, []), (101, 0.01, [1])])

@@ -13,6 +13,7 @@ from autocompress.graph import Graph, Group, Layer, Member
 from autocompress.measure.size import Size
 from autocompress.policy import BITS, LayerChoice, Policy, Recovery
 from autocompress.space import (
+    Categorical,
     Ordered,
     Parameter,
     Real,
@@ -242,6 +243,9 @@ def test_only_open_choices_become_parameters() -> None:
     assert built.policy_parameters == tuple(
         Ordered(f"bits/{name}", (4, 8)) for name in ("stem.conv", "body.conv", "head")
     )
+    optimizer = Categorical("recovery/optimizer", ("sgd", "muon"))  # whose best rates differ
+    assert built.recovery_parameters == (Real("recovery/lr", 0.01, 0.1, log=True), optimizer)
+    built = space("[recovery]\nlr = [0.01, 0.1]\noptimizer = ['sgd']\n")
     assert built.recovery_parameters == (Real("recovery/lr", 0.01, 0.1, log=True),)
 
 
@@ -422,7 +426,7 @@ def test_what_a_space_does_not_name_is_off() -> None:
 def test_a_space_that_searches_recovery_searches_all_of_it(name: str) -> None:
     built = Space(load_space(name), GRAPH, views=True)
     searched = {p.name.removeprefix("recovery/") for p in built.recovery_parameters}
-    assert searched == set(Recovery.__dataclass_fields__) - {"epochs", "reestimate_bn", "fold_bn", "optimizer"}
+    assert searched == set(Recovery.__dataclass_fields__) - {"epochs", "reestimate_bn", "fold_bn"}
 
 
 def test_views_are_chosen_only_where_the_task_has_some() -> None:

@@ -38,19 +38,23 @@ USUAL: dict[str, Value] = {
     "gradient": "none",
     "scales": "fixed",
     "ema": 0.0,
+    "optimizer": "muon",
     "views": 2,
 }
 """A recipe that is good for most models."""
 RECIPES: tuple[dict[str, Value], ...] = (
-    {"distill_weight": 1.0, "temperature": 16.0},
-    {"distill_weight": 1.0},
-    {"distill_weight": 1.0, "lr": 0.04, "decay": "one-cycle", "warmup": 0.1},
-    {"distill_weight": 1.0, "lr": 0.01},
     {"distill_weight": 1.0, "lr": 0.01, "temperature": 16.0},
+    {"distill_weight": 1.0, "lr": 0.01},
     {"distill_weight": 1.0, "lr": 0.005, "temperature": 16.0},
-    {"distill_weight": 1.0, "scales": "learned", "ema": 0.99},
-    {},
-    {"distill_weight": 1.0, "gradient": "centralise", "lr": 0.01},
+    {"distill_weight": 1.0, "lr": 0.005},
+    {"distill_weight": 1.0, "temperature": 16.0},
+    {"distill_weight": 1.0, "temperature": 16.0, "optimizer": "sgd"},
+    {"distill_weight": 1.0, "lr": 0.01, "temperature": 16.0, "optimizer": "sgd"},
+    {"lr": 0.01},
+    {"distill_weight": 1.0, "lr": 0.04, "decay": "one-cycle", "warmup": 0.1, "optimizer": "sgd"},
+    {"distill_weight": 1.0, "scales": "learned", "ema": 0.99, "optimizer": "sgd"},
+    {"distill_weight": 1.0, "gradient": "centralise", "lr": 0.01, "optimizer": "sgd"},
+    {"optimizer": "sgd"},
 )
 """What is tried first, each as a change of `USUAL`, as far as the space allows it.
 
@@ -66,6 +70,8 @@ to 0.095, 0.093 and 0.099 at 0.02, 0.01 and 0.006, one of 0.016 to 0.018, 0.014 
 """
 FARTHER = 0.05
 """The same where the teacher has several views: more is to be learnt than what was lost (`reports/LOG.md`)."""
+CALMER = 0.5
+"""Muon's share of these rates: its steps are as long in directions that gradients hardly point in."""
 SAFE = 0.5
 """After a training diverged, later ones stay below this share of its learning rate."""
 AGAIN = 0.5
@@ -163,8 +169,14 @@ class RecoveryProposer:
                 found.append(recipe)
         if damage > 0:
             rate = (FARTHER if max(self._space.views) > 1 else GENTLE) * math.sqrt(damage)
-            found.sort(key=lambda recipe: abs(math.log(float(recipe.get("recovery/lr", rate)) / rate)))
+            found.sort(key=lambda recipe: self._distance(recipe, rate))
         return found
+
+    def _distance(self, recipe: Mapping[str, Value], rate: float) -> float:
+        """Octaves between a recipe's learning rate and `rate`, which is SGD's; equally far ones stay in order."""
+        optimizer = recipe.get("recovery/optimizer", self._space.optimizers[0])
+        own = rate * (CALMER if optimizer == "muon" else 1.0)
+        return round(abs(math.log2(float(recipe.get("recovery/lr", own)) / own)), 6)
 
     def _worth(self, choices: Mapping[Parameter, BaseDistribution], epochs: int, share: float) -> list[Worth]:
         """All lessons within what is open, and what they were worth for such a place."""
