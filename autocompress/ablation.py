@@ -32,6 +32,7 @@ OFF: tuple[tuple[str, Callable[[Recovery], bool], Callable[[Recovery], Recovery]
     ("no warm-up", lambda r: r.warmup > 0, lambda r: replace(r, warmup=0.0)),
     ("no plateau adjustment", lambda r: r.adjust_factor < 1, lambda r: replace(r, adjust_factor=1.0)),
     ("plain gradients", lambda r: r.gradient != "none", lambda r: replace(r, gradient="none")),
+    ("SGD in place of Muon", lambda r: r.optimizer == "muon", lambda r: replace(r, optimizer="sgd")),
     ("fixed scales", lambda r: r.scales != "fixed", lambda r: replace(r, scales="fixed")),
     ("last weights, not their mean", lambda r: r.ema > 0, lambda r: replace(r, ema=0.0)),
     ("trained batch-norm statistics", lambda r: r.reestimate_bn, lambda r: replace(r, reestimate_bn=False)),

@@ -126,8 +126,9 @@ class Recovery:
     `distill_weight` mixes the task's loss (0) with the teacher's soft targets (1); `hint_weight` adds the distance
     between hidden features. `scales` says whether the grids' scales are trained with the weights. `ema` is the decay
     per step of an exponential moving average of the weights, which is what is kept then; 0 is off. `optimizer` is SGD
-    with momentum, or AdamW at a fixed share of `lr`. With `views` above 1 the teacher's answer to an input is the mean
-    of what it says of so many versions of it, those that the task gives; the student sees the input alone.
+    with momentum, AdamW at a fixed share of `lr`, or Muon, whose steps are `lr` times a weight's root mean square. With
+    `views` above 1 the teacher's answer to an input is the mean of what it says of so many versions of it, those that
+    the task gives; the student sees the input alone.
     """
 
     epochs: int = 0

@@ -21,7 +21,15 @@ from autocompress.study import Progress
 from autocompress.trial import Evaluation, Measurement
 
 EVERYTHING = Recovery(
-    epochs=2, hint_weight=0.2, adjust_factor=0.5, gradient="clip", warmup=0.1, scales="learned", ema=0.99, views=2
+    epochs=2,
+    hint_weight=0.2,
+    adjust_factor=0.5,
+    gradient="clip",
+    warmup=0.1,
+    scales="learned",
+    ema=0.99,
+    optimizer="muon",
+    views=2,
 )
 
 
@@ -43,6 +51,7 @@ def test_each_ingredient_is_left_out_alone() -> None:
         "no warm-up": {"warmup": 0.0},
         "no plateau adjustment": {"adjust_factor": 1.0},
         "plain gradients": {"gradient": "none"},
+        "SGD in place of Muon": {"optimizer": "sgd"},
         "fixed scales": {"scales": "fixed"},
         "last weights, not their mean": {"ema": 0.0},
         "trained batch-norm statistics": {"reestimate_bn": False},
@@ -94,7 +103,7 @@ def test_every_recipe_is_trained_once_with_every_seed(tmp_path: Path) -> None:
     lab, data, path = Lab(quality_of), asked_for(EVERYTHING, [3, 4, 5]), tmp_path / "a.json"
     fill(data, variants(policy(EVERYTHING)), lab, path, lambda _: None)
     expected = {(p.key(), seed) for p in variants(policy(EVERYTHING)).values() for seed in (3, 4, 5)}
-    assert len(lab.asked) == len(expected) == 33
+    assert len(lab.asked) == len(expected) == 36
     assert set(lab.asked) == expected
     assert [seed for _, seed in lab.asked] == [3] * 11 + [4] * 11 + [5] * 11  # one whole table after another
 

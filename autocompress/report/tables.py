@@ -253,7 +253,7 @@ def recipe_text(recovery: Recovery) -> str:
         f"the teacher's mean over {r.views} views" if r.views > 1 and r.distill_weight else "",
         f"hints {r.hint_weight:.2g}" if r.hint_weight else "",
         f"gradients: {r.gradient}" if r.gradient != "none" else "",
-        "AdamW" if r.optimizer == "adam" else "",
+        {"adam": "AdamW", "muon": "Muon"}.get(r.optimizer, ""),
         "learned scales" if r.scales == "learned" else "",
         f"mean of weights {r.ema:g}" if r.ema else "",
         "" if r.reestimate_bn else "trained statistics",

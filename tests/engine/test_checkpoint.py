@@ -13,6 +13,7 @@ from autocompress import Batch, ClassificationTask, LayerChoice, Policy, Recover
 from autocompress.engine import finetune
 from autocompress.engine.checkpoint import Checkpoint
 from autocompress.engine.precision import Precision
+from autocompress.policy import Scheme
 
 STEPS = 4
 
@@ -55,8 +56,8 @@ RICH = Recovery(
 )
 
 
-def policy(recovery: Recovery = RICH) -> Policy:
-    return Policy({"0": LayerChoice(3, 0.3), "5": LayerChoice(2)}, recovery=recovery)
+def policy(recovery: Recovery = RICH, scheme: Scheme = "symmetric") -> Policy:
+    return Policy({"0": LayerChoice(3, 0.3, scheme), "5": LayerChoice(2, 0.0, scheme)}, recovery=recovery)
 
 
 def tensors(bench: Workbench, policy: Policy, **more: Any) -> dict[str, Tensor]:
@@ -78,12 +79,22 @@ def interrupted(path: Path, at: int, policy: Policy, bench: Workbench | None = N
         compress(bench or fresh(), policy, stop, checkpoint=path, seed=seed)
 
 
+@pytest.mark.parametrize("scheme", ["symmetric", "entropy"])
 @pytest.mark.parametrize("at", [STEPS + 1, 2 * STEPS, 2 * STEPS + 2])
 @pytest.mark.parametrize(
-    "recovery", [RICH, Recovery(epochs=3, distill_weight=0.5), replace(RICH, ema=0.0), replace(RICH, optimizer="adam")]
+    "recovery",
+    [
+        RICH,
+        Recovery(epochs=3, distill_weight=0.5),
+        replace(RICH, ema=0.0),
+        replace(RICH, optimizer="adam"),
+        Recovery(epochs=3, lr=0.05, optimizer="muon", reestimate_bn=False),
+    ],
 )
-def test_a_training_that_goes_on_gives_the_same_bits(tmp_path: Path, at: int, recovery: Recovery) -> None:
-    path, wanted = tmp_path / "deep" / "training", policy(recovery)
+def test_a_training_that_goes_on_gives_the_same_bits(
+    tmp_path: Path, at: int, recovery: Recovery, scheme: Scheme
+) -> None:
+    path, wanted = tmp_path / "deep" / "training", policy(recovery, scheme)
     whole = tensors(fresh(), wanted)
     interrupted(path, at, wanted)
     heard: list[int] = []
