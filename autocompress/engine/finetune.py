@@ -246,8 +246,8 @@ class _Learner:
             return None
 
     def stepped(self) -> None:
-        """After each step of the optimizer, and `held.remember` before it."""
-        self.held.pull(self._scales())
+        """After each step of the optimizer."""
+        self.held.stepped(self._scales())
         if self.scales is not None:
             with torch.no_grad():
                 self.scales.copy_(self._sign * torch.maximum(self._sign * self.scales, self._least))
@@ -339,6 +339,7 @@ class _Training:
         course = self._course
         self._resume()
         while self._epoch < course.recovery.epochs:
+            self._learner.held.begin()
             for pair in course.task.batches("train", course.seed + self._epoch):
                 self._learn(Batch(*pair))
             self._epoch += 1
@@ -381,7 +382,6 @@ class _Training:
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         normalise_gradients(self._learnt(), course.recovery.gradient)
-        learner.held.remember()
         self._optimizer.step()
         learner.stepped()
         course.record.add(self._step + 1, course.total, value, rate)

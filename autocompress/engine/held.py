@@ -11,17 +11,19 @@ from autocompress.engine.constraint import Constraint
 
 SHARE = 0.995
 """Of the codes' entropy before training, what is aimed at: a file has up to a few thousandths beside it."""
-PACE = 1.0
-"""By how much the price of a bit rises in a step for the whole entropy too much."""
+EVERY = 4
+"""Steps of the optimizer between two pulls: counting codes takes as long as some layers do."""
+PACE = 4.0
+"""By how much the price of a bit rises in a pull for the whole entropy too much."""
 
 
 class Held:
-    """A pull that follows each step of an optimizer, toward codes that cost fewer bits.
+    """A pull that follows an optimizer's steps, toward codes that cost fewer bits.
 
-    Per layer it is `price` times as long as the step, by root mean square, for weights whose codes are one bit away
-    from the next ones. The price rises while the entropy of all codes together is above `SHARE` of what it was, and
-    falls below: dual ascent on entropy-constrained training (the Lagrangian of Chou et al. 1989, "Entropy-constrained
-    vector quantization"). Codes may become more in one layer and fewer in another.
+    Per layer it is `price` times as long as what the last steps did together, by root mean square, for weights whose
+    codes are one bit away from the next ones. The price rises while the entropy of all codes together is above `SHARE`
+    of what it was, and falls below: dual ascent on entropy-constrained training (the Lagrangian of Chou et al. 1989,
+    "Entropy-constrained vector quantization"). Codes may become more in one layer and fewer in another.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], constraints: Mapping[str, Constraint]) -> None:
@@ -32,26 +34,38 @@ class Held:
             if c.coded and c.grid is not None and weights[name].numel()
         ]
         self._before: list[Tensor] = []
+        self._steps = 0
         self.price, self.limit = 0.0, 0.0
 
-    def remember(self) -> None:
-        """Call before a step of the optimizer."""
+    def begin(self) -> None:
+        """Call before the first step of each epoch: what counts steps starts anew there, as a resumed training does."""
+        self._steps = 0
+        self._remember()
+        self.limit = self.limit or SHARE * sum(bits for bits, _ in self._costs({}))
+
+    def stepped(self, scales: Mapping[str, Tensor]) -> None:
+        """Call after each step of the optimizer. `scales` are those that learn, by the name of their weight."""
+        self._steps += 1
+        if self._steps % EVERY == 0 and self._layers:
+            self._pull(scales)
+            self._remember()
+
+    def _remember(self) -> None:
         self._before = [weight.detach().clone() for _, weight, _ in self._layers]
 
     @torch.no_grad()
-    def pull(self, scales: Mapping[str, Tensor]) -> None:
-        """Call after it. `scales` are those that learn, by the name of their weight."""
-        if not self._layers:
-            return
-        pairs = list(zip(self._layers, self._before, strict=True))
-        costs = [self._cost(before, c, scales.get(name)) for (name, _, c), before in pairs]
+    def _pull(self, scales: Mapping[str, Tensor]) -> None:
+        costs = self._costs(scales)
         bits = sum(cost for cost, _ in costs)
-        self.limit = self.limit or SHARE * bits
         self.price = max(0.0, self.price + PACE * (bits / self.limit - 1.0)) if self.limit else 0.0
         if not self.price:
             return
-        for ((_, weight, _), before), (_, slope) in zip(pairs, costs, strict=True):
+        for (_, weight, _), before, (_, slope) in zip(self._layers, self._before, costs, strict=True):
             weight.sub_(self.price * (weight - before).square().mean().sqrt() * slope)
+
+    @torch.no_grad()
+    def _costs(self, scales: Mapping[str, Tensor]) -> list[tuple[float, Tensor]]:
+        return [self._cost(weight, c, scales.get(name)) for name, weight, c in self._layers]
 
     def _cost(self, weight: Tensor, constraint: Constraint, scale: Tensor | None) -> tuple[float, Tensor]:
         """Entropy of the codes in bits, and how it changes with each weight, in bits per code; 0 where pruned."""

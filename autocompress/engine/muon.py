@@ -13,19 +13,24 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of `matrix` = U S V^T (rows, columns): its singular values become 0.7 to 1.2, tiny ones less.
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T (..., rows, columns): singular values become 0.7 to 1.2, tiny ones less.
 
     The quintic Newton-Schulz iteration of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon). Zeros stay.
     """
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x: Tensor = matrix.T if tall else matrix
-    x = x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x: Tensor = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     for _ in range(ROUNDS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
 
 
 class Muon(torch.optim.Optimizer):
@@ -48,19 +53,23 @@ class Muon(torch.optim.Optimizer):
         """One step along the gradients that are there."""
         assert closure is None
         for group in self.param_groups:
+            alike: dict[tuple[int, ...], list[Tensor]] = {}  # matrices of a shape are turned together
             for p in group["params"]:
-                if p.grad is not None and p.numel():
-                    self._move(p, p.grad, **{key: group[key] for key in ("lr", "momentum", "weight_decay")})
+                if p.grad is None or not p.numel():
+                    continue
+                if p.ndim < 2:
+                    p.sub_(group["lr"] * self._ahead(p, _gradient(p) + group["weight_decay"] * p, group["momentum"]))
+                else:
+                    alike.setdefault((p.shape[0], p[0].numel()), []).append(p)
+            for shape, weights in alike.items():
+                ahead = [self._ahead(p, _gradient(p), group["momentum"]).reshape(shape) for p in weights]
+                for p, turned in zip(weights, orthogonal(torch.stack(ahead)), strict=True):
+                    size = p.square().mean().sqrt() * max(shape) ** 0.5  # the latter makes `turned` about 1 large
+                    p.sub_(group["lr"] * size * turned.reshape(p.shape))
 
-    def _move(self, p: Tensor, gradient: Tensor, *, lr: float, momentum: float, weight_decay: float) -> None:
-        if p.ndim < 2:
-            gradient = gradient + weight_decay * p
+    def _ahead(self, p: Tensor, gradient: Tensor, momentum: float) -> Tensor:
+        """The momentum of `p` after `gradient`, looked at one step ahead."""
         if "momentum_buffer" not in self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        known = self.state[p]["momentum_buffer"].mul_(momentum).add_(gradient)
-        ahead = gradient + momentum * known
-        if p.ndim >= 2:
-            matrix = ahead.flatten(1)
-            size = p.square().mean().sqrt() * max(matrix.shape) ** 0.5  # of an orthogonal matrix's entries the inverse
-            ahead = size * orthogonal(matrix).reshape_as(p)
-        p.sub_(lr * ahead)
+        known: Tensor = self.state[p]["momentum_buffer"].mul_(momentum).add_(gradient)
+        return gradient + momentum * known

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from autocompress.engine.constraint import Constraint
-from autocompress.engine.held import SHARE, Held
+from autocompress.engine.held import EVERY, PACE, SHARE, Held
 from autocompress.engine.quantize import grid_of
 from autocompress.policy import LayerChoice
 
@@ -27,12 +27,20 @@ def entropy(weight: Tensor, constraint: Constraint) -> float:
 def walk(weights: dict[str, Tensor], constraints: dict[str, Constraint], steps: int = 300) -> Held:
     """Random steps of one hundredth of a standard deviation, as an optimizer's that knows no bits."""
     held = Held(weights, constraints)
+    held.begin()
     for i in range(steps):
-        held.remember()
         for n, weight in enumerate(weights.values()):
             weight.add_(0.02 * draw(*weight.shape, seed=1000 * n + i + 1))
-        held.pull({})
+        held.stepped({})
     return held
+
+
+def moved(held: Held, weight: Tensor, by: Tensor | float, scales: dict[str, Tensor] | None = None) -> None:
+    """As many steps as go before a pull, which move `weight` by `by` together."""
+    held.begin()
+    weight.add_(by)
+    for _ in range(EVERY):
+        held.stepped(scales or {})
 
 
 def layer(seed: int, shape: tuple[int, ...] = (32, 40)) -> tuple[Tensor, Constraint]:
@@ -70,10 +78,8 @@ def test_the_pull_leads_to_codes_that_cost_less(sign: int) -> None:
     constraint.grid.scale.mul_(sign)
     held = Held({"a": weight}, {"a": constraint})
     held.price, held.limit = 1.0, 1.0  # far above
-    held.remember()
     before = weight.clone()
-    weight.add_(1e-3)
-    held.pull({})
+    moved(held, weight, 1e-3)
     pulled = weight - before - 1e-3
     far = before.abs() > 1.5 * constraint.grid.scale.abs().max()
     assert far.any()
@@ -87,10 +93,8 @@ def test_pruned_weights_are_left_alone() -> None:
     constraint = Constraint(mask, grid_of(weight * mask, CODED), coded=True)
     held = Held({"a": weight}, {"a": constraint})
     held.price, held.limit = 1.0, 1.0
-    held.remember()
     before = weight.clone()
-    weight.add_(1e-3 * mask)
-    held.pull({})
+    moved(held, weight, 1e-3 * mask)
     assert torch.equal(weight[~mask], before[~mask])
     assert not torch.equal(weight[mask], before[mask] + 1e-3)
 
@@ -99,26 +103,27 @@ def test_the_price_falls_where_codes_are_short() -> None:
     weight, constraint = layer(4)
     held = Held({"a": weight}, {"a": constraint})
     held.price, held.limit = 0.3, 1e9
-    held.remember()
-    held.pull({})
+    moved(held, weight, 0.0)
     assert held.price == 0
 
 
 def test_codes_of_learning_scales_are_counted_on_them() -> None:
     weight, constraint = layer(5)
     assert constraint.grid is not None
-    held, wide = Held({"a": weight}, {"a": constraint}), Held({"a": weight}, {"a": constraint})
-    for one, scale in ((held, constraint.grid.scale), (wide, 4 * constraint.grid.scale)):
-        one.remember()
-        one.pull({"a": scale})
-    assert wide.limit < 0.7 * held.limit
+    prices = []
+    for share in (4, 1, 0.5):  # coarser, as before, finer
+        held = Held({"a": weight.clone()}, {"a": constraint})
+        moved(held, weight, 0.0, {"a": share * constraint.grid.scale})
+        prices.append(held.price)
+    assert prices[0] == 0
+    assert prices[1] == pytest.approx(PACE * (1 / SHARE - 1))
+    assert prices[2] > 0.3 * PACE
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(4, 5), torch.zeros(0, 5)], ids=["all zero", "no elements"])
 def test_a_layer_that_says_nothing(weight: Tensor) -> None:
     grid = grid_of(draw(4, 5) if weight.numel() else weight, CODED) if weight.numel() else None
     held = Held({"a": weight}, {"a": Constraint(None, grid, coded=True)})
-    held.remember()
-    held.pull({})
+    moved(held, weight, 0.0)
     assert held.price == 0
     assert not weight.any()

@@ -51,6 +51,19 @@ def test_a_step_is_a_share_of_the_weight_whatever_the_gradient(shape: tuple[int,
     assert torch.allclose(moved, again, rtol=1e-3, atol=1e-6 * size)
 
 
+def test_weights_of_a_shape_do_not_mix() -> None:
+    starts, gradients = (
+        [draw(6, 20), draw(6, 5, 2, 2, seed=2), draw(20, 6)],
+        [draw(6, 20, seed=3), draw(6, 5, 2, 2), draw(20, 6)],
+    )
+    together = [nn.Parameter(start.clone()) for start in starts]
+    for p, gradient in zip(together, gradients, strict=True):
+        p.grad = gradient.clone()
+    Muon(together, lr=0.01).step()
+    for p, start, gradient in zip(together, starts, gradients, strict=True):
+        assert torch.allclose(p.detach(), stepped(start, [gradient], lr=0.01), atol=1e-6)
+
+
 def test_it_descends() -> None:
     start, gradient = draw(8, 4, 3, 3), draw(8, 4, 3, 3, seed=1)
     assert float(((stepped(start, [gradient], lr=0.01) - start) * gradient).sum()) < 0
