@@ -482,6 +482,19 @@ OPTIONS: dict[str, list[Any]] = {
 }
 
 
+def test_the_teacher_answers_without_its_batch_norms_and_says_the_same(bench: Workbench) -> None:
+    teacher, inputs = bench.told, bench.calibration[0].inputs
+    assert any(isinstance(m, nn.BatchNorm2d) for m in teacher.model.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in teacher.quick.modules())
+    with torch.no_grad():
+        before = teacher.model(inputs)
+        assert torch.allclose(teacher.quick(inputs), before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+    compress(bench, everywhere(SOME, bench, 0.5))  # what is resident is filled with other weights
+    with torch.no_grad():
+        assert torch.equal(teacher.model(inputs), before)
+        assert torch.allclose(teacher.quick(inputs), before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
+
+
 def test_every_option_of_recovery_is_tried() -> None:
     assert set(OPTIONS) == set(Recovery.__dataclass_fields__)
 

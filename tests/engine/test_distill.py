@@ -239,6 +239,29 @@ def test_hooks_see_the_model_run_even_when_it_has_answered_before() -> None:
     assert model.runs == 2
 
 
+def test_a_quicker_model_answers_unless_somebody_looks_inside() -> None:
+    asked: list[str] = []
+
+    def named(name: str, value: float) -> nn.Module:
+        class Said(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                asked.append(name)
+                return x + value
+
+        return Said()
+
+    module = nn.Linear(1, 1)  # whose device the answers come from
+    slow, quick = nn.Sequential(named("slow", 1.0)), nn.Sequential(named("quick", 1.0))
+    for model in (slow, quick):
+        model.register_parameter("place", module.weight)
+    teacher = Teacher(slow, quick=quick, views=lambda x: [-x])
+    inputs = torch.ones(2, 3)
+    assert torch.equal(teacher(inputs, Precision(), views=2), inputs * 0 + 1)
+    assert asked == ["quick", "quick"]
+    teacher(inputs, Precision(), remember=False)
+    assert asked == ["quick", "quick", "slow"]
+
+
 def test_the_memory_is_bounded_and_a_long_epoch_keeps_its_first_answers() -> None:
     model = Counted()
     one = 4 * 2 * 4  # bytes of an answer
