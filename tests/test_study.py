@@ -214,7 +214,7 @@ def test_recovery_trains_front_members_from_the_budget_down_and_spread(
     shots = [t for t in found.trials if t.evaluation.rung == 0]
     front = front_of(feasible(shots, found.budget), "max")
     sizes = {t.evaluation.policy.key(): t.measured.bytes for t in front}
-    room = [t for t in front if t.measured.bytes <= 0.99 * 1500]
+    room = [t for t in front if t.measured.bytes <= (1 - rungs.TRAINING_ROOM) * 1500]
     parents = parents_of(found)
     assert len(parents) == min(6, len(room))
     assert [sizes[key] for key in parents[:2]] == [room[-1].measured.bytes, room[0].measured.bytes]
@@ -228,7 +228,7 @@ def test_proposals_leave_room_where_training_follows_that_can_make_files_longer(
         found = world.search(folder=world.run / str(epochs), trials=60, epochs=epochs)
         return max(t.measured.bytes for t in found.trials if not t.evaluation.rung and t.evaluation.status == "ok")
 
-    assert largest(epochs=1) <= 0.99 * 1500 < largest(epochs=0) <= 1500
+    assert largest(epochs=1) <= (1 - rungs.TRAINING_ROOM) * 1500 < largest(epochs=0) <= 1500
 
 
 def test_half_of_each_rung_climbs_with_the_same_recipe_and_more_epochs(world: World) -> None:
@@ -257,7 +257,7 @@ def test_near_front_policies_are_trained_too_within_the_budget_and_with_room(
     for t in off:
         near = [m for m in front if abs(t.measured.bytes / m.measured.bytes - 1) <= 0.2]
         assert any(t.measured.loss <= 1.6 * m.measured.loss for m in near)
-        assert t.measured.bytes <= 0.99 * 1500
+        assert t.measured.bytes <= (1 - rungs.TRAINING_ROOM) * 1500
 
 
 def test_number_of_first_trainings_can_be_given_and_raised(world: World) -> None:
