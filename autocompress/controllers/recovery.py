@@ -44,23 +44,22 @@ USUAL: dict[str, Value] = {
 """A recipe that is good for most models."""
 RECIPES: tuple[dict[str, Value], ...] = (
     {"distill_weight": 1.0, "lr": 0.01, "temperature": 16.0},
-    {"distill_weight": 1.0, "lr": 0.01},
     {"distill_weight": 1.0, "lr": 0.005, "temperature": 16.0},
-    {"distill_weight": 1.0, "lr": 0.005},
-    {"distill_weight": 1.0, "temperature": 16.0},
-    {"distill_weight": 1.0, "temperature": 16.0, "optimizer": "sgd"},
+    {"distill_weight": 1.0, "optimizer": "sgd"},
+    {"optimizer": "sgd"},
     {"distill_weight": 1.0, "lr": 0.01, "temperature": 16.0, "optimizer": "sgd"},
-    {"lr": 0.01},
+    {"distill_weight": 1.0, "lr": 0.005},
+    {"distill_weight": 1.0, "lr": 0.01},
     {"distill_weight": 1.0, "lr": 0.04, "decay": "one-cycle", "warmup": 0.1, "optimizer": "sgd"},
+    {"distill_weight": 1.0, "lr": 0.005, "temperature": 16.0, "optimizer": "sgd"},
     {"distill_weight": 1.0, "scales": "learned", "ema": 0.99, "optimizer": "sgd"},
     {"distill_weight": 1.0, "gradient": "centralise", "lr": 0.01, "optimizer": "sgd"},
-    {"optimizer": "sgd"},
 )
 """What is tried first, each as a change of `USUAL`, as far as the space allows it.
 
 High temperatures compare logits (Kim et al. 2021, 2105.08919), of which a network that lost little has most to learn:
 from a divergence of 0.046 an epoch at 0.01 led ResNet-20 to 0.0361 at 4, 0.0332 at 8 and 0.0320 at 16. A teacher of two
-views has more to say: there 4 was as good (`reports/LOG.md`).
+views has more to say: there 4 was as good. Muon and SGD take turns: which is better differs (`reports/LOG.md`).
 """
 GENTLE = 0.027
 """Peak learning rate per root of the divergence that is to be mended: recipes near it go first.
