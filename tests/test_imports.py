@@ -130,7 +130,8 @@ def test_passes_know_one_another_only_where_they_must() -> None:
         "constraint": {"quantize"},
         "distill": {"precision"},
         "moments": {"recurrence"},
-        "finetune": {"checkpoint", "constraint", "distill", "precision", "schedules"},
+        "finetune": {"checkpoint", "constraint", "distill", "held", "muon", "precision", "schedules"},
+        "held": {"constraint"},
         "recalibrate": {"quantize"},
         "reconstruct": {"moments", "recalibrate"},
     }

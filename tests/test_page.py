@@ -199,10 +199,14 @@ def crowded(run: Run, count: int) -> Run:
     return replace(run, trials=trials, budget=replace(run.budget, bytes=20_000))
 
 
-def test_two_thousand_trials_open_in_two_seconds(page: Browser, run: Run, tmp_path: Path) -> None:
-    write(tmp_path / "report.html", render(crowded(run, 2000)).encode())
-    opened(page, tmp_path / "report.html")
-    assert page.worked() < 2.0  # of one processor, whatever else it does
+def test_two_thousand_trials_take_an_element_or_so_each(page: Browser, run: Run, tmp_path: Path) -> None:
+    """How long a page takes to open is measured in `benchmarks/page.py`; here what it depends on, on any machine."""
+    elements = []
+    for count in (200, 2000):
+        write(tmp_path / "report.html", render(crowded(run, count)).encode())
+        opened(page, tmp_path / "report.html")
+        elements.append(page.js("document.querySelectorAll('*').length"))
+    assert elements[1] - elements[0] < 1.5 * 1800
     assert page.js("document.getElementById('chart-size')._fullData[0].x.length") > 1900
     assert (tmp_path / "report.html").stat().st_size < 7_000_000
 
