@@ -31,7 +31,7 @@ def some_fail(policy: Policy, rung: int) -> str | None:
     return "raise" if draw % 8 == 0 else "nan" if draw % 8 == 1 else None
 
 
-def second_recipe_fails(policy: Policy, rung: int) -> str | None:
+def sgd_fails(policy: Policy, rung: int) -> str | None:
     return "nan" if rung and policy.recovery.optimizer == "sgd" else None
 
 
@@ -628,7 +628,7 @@ WHOLE: dict[str, list[Row]] = {}
 @pytest.mark.parametrize("cut", [60, 62, 65, 67, 68, 70])
 def test_run_resumed_between_the_rungs_equals_an_uninterrupted_one(world: World, tmp_path: Path, cut: int) -> None:
     """Six start, three and two climb; failures among them."""
-    world.fault, given = second_recipe_fails, {"trials": 60, "epochs": 4}
+    world.fault, given = sgd_fails, {"trials": 60, "epochs": 4}
     whole = world.search(folder=tmp_path / "whole", **given)
     assert {t.evaluation.rung for t in whole.trials} == {0, 1, 2, 3}
     assert any(t.evaluation.status == "failed" for t in whole.trials if t.evaluation.rung)
