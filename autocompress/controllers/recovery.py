@@ -43,10 +43,12 @@ USUAL: dict[str, Value] = {
 }
 """A recipe that is good for most models."""
 RECIPES: tuple[dict[str, Value], ...] = (
-    {"distill_weight": 1.0, "lr": 0.01, "temperature": 16.0},
-    {"distill_weight": 1.0, "lr": 0.005, "temperature": 16.0},
-    {"distill_weight": 1.0, "optimizer": "sgd"},
+    {"distill_weight": 1.0, "optimizer": "sgd", "hint_weight": 1.0},
+    {"distill_weight": 1.0, "lr": 0.01, "temperature": 16.0, "hint_weight": 1.0},
     {"optimizer": "sgd"},
+    {"distill_weight": 1.0, "lr": 0.005, "temperature": 16.0},
+    {"distill_weight": 1.0, "lr": 0.01, "temperature": 16.0},
+    {"distill_weight": 1.0, "optimizer": "sgd"},
     {"distill_weight": 1.0, "lr": 0.01, "temperature": 16.0, "optimizer": "sgd"},
     {"distill_weight": 1.0, "lr": 0.005},
     {"distill_weight": 1.0, "lr": 0.01},
