@@ -167,6 +167,7 @@ def test_runs_that_cannot_be_compared_are_refused(two: list[Path], world: World,
 # --- Optuna ---
 
 
+@pytest.mark.filterwarnings("ignore:Some regimes for parameter:UserWarning")  # a run of few trials has few recipes
 def test_the_export_holds_every_trial_with_its_policy(run: Run, tmp_path: Path) -> None:
     path = tmp_path / STORAGE
     assert export_study(run, path) == export_study(run, path) == len(run.trials)
