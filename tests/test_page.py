@@ -144,6 +144,7 @@ def test_it_fits_a_phone_and_a_desktop_by_day_and_by_night(
     assert page.errors == []
 
 
+@pytest.mark.slow
 def test_names_run_nothing(page: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path).install(monkeypatch)
     world.task = FakeTask(name=NASTY, metric=NASTY, graph=make_graph(lambda name: f"{name}{NASTY}".replace(".", "")))
@@ -159,6 +160,7 @@ def test_names_run_nothing(page: Browser, tmp_path: Path, monkeypatch: pytest.Mo
     assert page.errors == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["empty", "failed", "nothing fits", "one"])
 def test_every_state_of_a_run_opens(page: Browser, world: World, state: str) -> None:
     if state == "empty":
@@ -199,6 +201,7 @@ def crowded(run: Run, count: int) -> Run:
     return replace(run, trials=trials, budget=replace(run.budget, bytes=20_000))
 
 
+@pytest.mark.slow
 def test_two_thousand_trials_take_an_element_or_so_each(page: Browser, run: Run, tmp_path: Path) -> None:
     """How long a page takes to open is measured in `benchmarks/page.py`; here what it depends on, on any machine."""
     elements = []

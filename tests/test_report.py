@@ -402,6 +402,7 @@ def test_names_are_escaped_in_the_page_and_in_the_figures(world: World) -> None:
     assert any("onerror" in text for text in texts)  # the end of a layer's name, as text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["$x$", "$\\frac{$", "$", "a_b^{c", "\\", "{}%s%", "\u6570\u5b57"])
 def test_names_are_mere_text_in_the_picture(world: World, text: str) -> None:
     world.task = FakeTask(name=text, metric=text)

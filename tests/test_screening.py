@@ -281,7 +281,7 @@ def test_failed_promotion_is_not_tried_again_and_counts_as_no_candidate(large: W
 
 
 @pytest.mark.parametrize("controller", FAST)
-@pytest.mark.parametrize("at", [4, 10, 13, 19])
+@pytest.mark.parametrize("at", [4, 13, *(pytest.param(x, marks=pytest.mark.slow) for x in (10, 19))])
 def test_killed_among_failures_it_ends_as_if_uninterrupted(
     large: World, tmp_path: Path, controller: str, at: int
 ) -> None:

@@ -110,6 +110,7 @@ def test_small_gaps_on_a_val_that_was_asked_often_are_warned_of(world: World, mo
     assert "quote test" in warning
 
 
+@pytest.mark.slow
 def test_report_shows_the_error_where_it_is_known(world: World, tmp_path: Path) -> None:
     world.search(epochs=0, folder=tmp_path / "unknown")
     world.task = Counted()

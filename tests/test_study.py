@@ -638,7 +638,7 @@ def test_run_resumed_between_the_rungs_equals_an_uninterrupted_one(world: World,
 
 
 @pytest.mark.parametrize("name", list(TRIALS))
-@pytest.mark.parametrize("share", [0.0, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize("share", [0.4, 1.0, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 0.7))])
 def test_resumed_run_equals_an_uninterrupted_one(world: World, tmp_path: Path, name: str, share: float) -> None:
     """The run dies after this share of its one-shot trials; 1 is in recovery."""
     world.fault, trials = some_fail, TRIALS[name]

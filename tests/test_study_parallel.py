@@ -156,7 +156,9 @@ def test_trial_that_takes_two_workers_down_has_failed(world: World) -> None:
 # --- in order ---
 
 
-@pytest.mark.parametrize("name", ["random", "tpe", "nsga2", "solver"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("random", "tpe", "nsga2")), "solver"]
+)
 def test_in_order_the_search_depends_on_neither_speed_nor_number_of_workers(
     world: World, tmp_path: Path, name: str
 ) -> None:

@@ -110,6 +110,7 @@ def random_policies(bench: Workbench, count: int) -> Iterator[Policy]:
 # --- sizes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bound_is_never_too_low_and_close(bench: Workbench, target: OnnxTarget) -> None:
     assert any(policy.keep for policy in random_policies(bench, 1))
     for policy in random_policies(bench, 60):

@@ -180,7 +180,7 @@ class Bordered(nn.Module):
         return self.c(torch.relu(self.b(F.pad(x, (1, 1, 1, 1))) + x))
 
 
-LATE = ("tied", "baked", "alike")
+LATE = ("tied", "baked", "alike", "wave", "depthwise", "bordered")
 """Networks whose every width is left to the whole run: an export and forty sessions take seconds."""
 Inputs = Callable[[int], Any]
 CASES: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {

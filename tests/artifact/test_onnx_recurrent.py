@@ -73,7 +73,8 @@ def test_a_projection_which_the_operator_does_not_know_is_refused() -> None:
         opened("projected")
 
 
-@pytest.mark.parametrize("kind", ["GRU", *(pytest.param(x, marks=pytest.mark.slow) for x in ("LSTM", "RNN", "cell"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN", "cell"])
 def test_a_file_computes_what_the_model_does_with_each_matrix_stored_small(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,6 +128,7 @@ def test_a_file_without_branches_is_smaller_and_computes_what_the_model_does(
     assert exports <= len(count) <= 2 * exports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("bits", [6, 7])
 def test_integer_kernels_stay_near_the_model(name: str, bits: int) -> None:

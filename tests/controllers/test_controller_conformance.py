@@ -448,7 +448,9 @@ def edge_run(text: str, budget: Budget, change: str = "", count: int = 12) -> li
     return history
 
 
-@pytest.mark.parametrize("change", ["", "harmless", "failing seeds", "lossless"])
+@pytest.mark.parametrize(
+    "change", ["", *(pytest.param(x, marks=pytest.mark.slow) for x in ("harmless", "failing seeds", "lossless"))]
+)
 @pytest.mark.parametrize("name", list(EDGES))
 def test_solver_fits_the_tightest_budgets_of_unusual_spaces(name: str, change: str) -> None:
     space, predict = make_space(EDGES[name]), FakeEvaluator().predict

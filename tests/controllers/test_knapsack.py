@@ -333,6 +333,7 @@ def two_cost_layers(layers: int, seed: int) -> list[list[tuple[int, int, int]]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_near_the_best_where_a_brute_force_can_tell() -> None:
     gaps = []
     for seed in range(12):

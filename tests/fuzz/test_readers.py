@@ -41,6 +41,8 @@ NAMES = (
     "weights, .safetensors",
     "CIFAR-10 batch",
 )
+LATE = ("journal, rows and facts", "packed", "onnx")
+"""Left to the whole run: these take seconds."""
 INPUTS = 10_000
 
 
@@ -53,7 +55,7 @@ def test_all_readers_are_here(known: dict[str, Reader]) -> None:
     assert tuple(known) == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in LATE else ()) for x in NAMES])
 @settings(
     max_examples=60,
     deadline=None,
@@ -85,6 +87,7 @@ def test_what_takes_too_much_memory_breaks_the_judge() -> None:
         judge(b"x")
 
 
+@pytest.mark.slow
 def test_what_never_ends_breaks_the_judge() -> None:
     judge = Judge(Reader("slow", [b""], lambda content: sum(range(10**8 if content else 1))))
     with pytest.raises(Broken, match="took"):
