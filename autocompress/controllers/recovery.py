@@ -61,7 +61,8 @@ RECIPES: tuple[dict[str, Value], ...] = (
 
 High temperatures compare logits (Kim et al. 2021, 2105.08919), of which a network that lost little has most to learn:
 from a divergence of 0.046 an epoch at 0.01 led ResNet-20 to 0.0361 at 4, 0.0332 at 8 and 0.0320 at 16. A teacher of two
-views has more to say: there 4 was as good. Muon and SGD take turns: which is better differs (`reports/LOG.md`).
+views has more to say: there 4 was as good. Muon and SGD take turns: which is better differs, and hints help SGD
+(`reports/LOG.md`).
 """
 GENTLE = 0.027
 """Peak learning rate per root of the divergence that is to be mended: recipes near it go first.
